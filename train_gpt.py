@@ -390,15 +390,17 @@ class Observer:
 def train_step(model, batches, optimizer, device, precision, scaler, grad_clip=None):
     """Update the weights once, from the mean gradient of `batches`; return their mean loss.
 
-    batches: a list of equally large (input, target) pairs, `[batch, tokens]` each, whose gradients
-    are accumulated. grad_clip: largest allowed norm of the gradient.
+    batches: a list of (input, target) pairs, `[batch, tokens]` each, whose gradients are
+    accumulated as if they were one batch. grad_clip: largest norm of the gradient.
     """
     optimizer.zero_grad()
+    total_tokens = sum(input_batch.numel() for input_batch, _ in batches)
     losses = []
     for number, (input_batch, target_batch) in enumerate(batches, start=1):
         with contextlib.nullcontext() if number == len(batches) else local_gradients(model):
             with precision:
-                loss = calc_loss_batch(input_batch, target_batch, model, device) / len(batches)
+                loss = calc_loss_batch(input_batch, target_batch, model, device)
+                loss = loss * (input_batch.numel() / total_tokens)
             scaler.scale(loss).backward()
         losses.append(loss.detach())
     if grad_clip:
@@ -705,12 +707,15 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     import requests
 
     def receive(file):
-        digest = hashlib.sha256()
-        with requests.get(url, stream=True, timeout=(10, 30)) as response:  # seconds
+        digest, start = hashlib.sha256(), time.monotonic()
+        with requests.get(url, stream=True, timeout=(10, 30)) as response:  # seconds without a byte
             response.raise_for_status()
-            for part in response.iter_content(1 << 16):
+            for part in response.iter_content(1 << 10):
                 file.write(part)
                 digest.update(part)
+                elapsed_s = time.monotonic() - start
+                if elapsed_s > 30 and file.tell() < 1000 * elapsed_s:
+                    raise OSError("the answer comes at less than 1 kB/s")
         if file.tell() == 0:
             raise OSError("the answer is empty")
         if sha256 and digest.hexdigest() != sha256:
@@ -871,10 +876,10 @@ def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer
         whole, *halves = (text_to_token_ids(text, tokenizer).numel() for text in texts)
         counts["text_tokens"] = counts["tokens"] + whole - sum(halves)
 
+    if bytes_total == 0:
+        raise UserError(f"{files[0]} is empty: name a text with --data")
     write_whole(path, encode_all)
     show_status("")
-    if not counts["characters"]:
-        raise UserError(f"{files[0]} is empty: name a text with --data")
     return {"text_tokens": counts["tokens"], **counts, "sha256": digest.hexdigest()}
 
 
@@ -931,7 +936,7 @@ def remembered(path: Path, key: dict, writes: bool, make) -> dict:
     """
     tokens = path.with_suffix(".bin")
     while True:
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # none yet, or damaged
+        with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):  # damaged
             kept = json.loads(path.read_text())
             size = kept["value"]["tokens"] and tokens.stat().st_size // 2
             if kept["key"] == key and size == kept["value"]["tokens"]:
@@ -948,7 +953,9 @@ def load_ids(names, path, train_ratio, tokenizer, writes):
     files = find_sources(names, path.parent, writes)
     kinds = {file.suffix == ".bin" for file in files}
     if len(kinds) > 1:
-        raise UserError("texts and token files (*.bin) are mixed: give one kind at a time")
+        raise UserError(
+            f"--data {' '.join(names)} mixes texts and token files (*.bin): give one kind"
+        )
     ratio = train_ratio if len(files) == 1 else None
     stats = [(file, file.stat()) for file in files]
     sources = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
@@ -1038,6 +1045,8 @@ def choose_precision(device, dtype="auto"):
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if fast else "float32"
     dtype = getattr(torch, dtype)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where products are float32
     precision = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return dtype, precision, scaler
@@ -1510,6 +1519,20 @@ class Run(Observer):
             (self.train_loader.generator or torch.default_generator).set_state(order)
 
 
+def resume(run, content) -> None:
+    """Let run.restore go on from a checkpoint. Raises UserError where its parts don't fit."""
+    try:
+        if content["config"] != run.config:
+            raise ValueError("its config is not the one of its settings")
+        run.restore(content)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{run.folder / 'checkpoint.pt'} doesn't hold what resuming needs ({reason(error)}): "
+            "start anew with another --out-dir"
+        ) from error
+    print(f"Resuming after step {run.progress.step:06d}")
+
+
 @contextlib.contextmanager
 def stopping_on_signals(run):
     """Let Ctrl-C and SIGTERM end training after the current step; a second one ends it at once."""
@@ -1579,10 +1602,11 @@ def warn(message: str) -> None:
 
 
 def fail(message: str) -> None:
-    """Print one line on stderr, from rank 0, and exit with status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        show_status("")
-        print(f"train_gpt: {' '.join(message.split())}", file=sys.stderr)
+    """Print one line on stderr and exit with status 2."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # torchrun ends this process now if rank 0, too, failed and said so
+    show_status("")
+    print(f"train_gpt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -1719,13 +1743,15 @@ def parse_arguments(argv):
         raise UserError("--sample and --eval-only need a model: name it with --checkpoint")
     if args.checkpoint and args.sample is None and not args.eval_only:
         raise UserError("--checkpoint goes with --sample or --eval-only; to train on, use --resume")
+    if not args.start_context:
+        raise UserError("--start-context is empty: give the sample at least one character")
     if args.fsdp and "RANK" not in os.environ:
         raise UserError("--fsdp needs several processes: start with torchrun --nproc-per-node N")
     if not args.resume:
         return args, None
     path = Path(args.out_dir) / "checkpoint.pt"
     content = load_checkpoint(path)
-    if "settings" not in content:
+    if not isinstance(content.get("settings"), dict):
         raise UserError(f"{path} holds weights alone: --resume needs a run's checkpoint.pt")
     parser.set_defaults(**content["settings"])
     args = parser.parse_args(argv)
@@ -1762,6 +1788,22 @@ def prepare_folder(name: str) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def leaving_no_trace(folder: Path):
+    """Where the input turns out bad, remove what is new in folder, but no token file of hours."""
+    before = set(folder.iterdir()) if folder.is_dir() else None
+    try:
+        yield
+    except UserError:
+        for path in set(folder.iterdir()) - (before or set()) if folder.is_dir() else ():
+            if path.stat().st_size < 1e9:
+                path.unlink(missing_ok=True)
+        if before is None:
+            with contextlib.suppress(OSError):  # absent, or not empty
+                folder.rmdir()
+        raise
+
+
 def make_loaders(args, config, corpus):
     """Return (train_loader, val_loader). Raises UserError for too little text."""
     context = config["context_length"]
@@ -1785,8 +1827,8 @@ def make_loaders(args, config, corpus):
     windows, batch = len(train_loader.dataset), args.batch_size * world_size()
     if windows == 0:
         raise UserError(
-            f"the training part has {tokens} tokens, but one window needs {context + 1}: use more "
-            "text, a shorter --context-length or a larger --train-ratio"
+            f"the training part of {corpus.name} has {tokens} tokens, but one window needs "
+            f"{context + 1}: use more text, a shorter --context-length or a larger --train-ratio"
         )
     if len(train_loader) == 0:
         raise UserError(
@@ -1859,7 +1901,8 @@ def evaluate_checkpoint(args, device, precision) -> int:
     titles = "Training loss", "Validation loss"
     losses = print_losses(model, *loaders, device, args.eval_iter, precision, *titles)
     for name, loss in zip(("Training", "Validation"), losses):
-        print(f"{name} perplexity: {math.exp(loss):.3f}")
+        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf where too large
+        print(f"{name} perplexity: {perplexity:.3f}")
     return 0
 
 
@@ -1909,7 +1952,10 @@ def reporting_errors(main):
     @functools.wraps(main)
     def wrapper(argv=None):
         try:
-            return main(argv)
+            status = main(argv)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return status
         except UserError as error:
             fail(str(error))
         except OSError as error:
@@ -1935,6 +1981,8 @@ def reporting_errors(main):
 @reporting_errors
 def main(argv=None) -> int:
     """Train, sample or evaluate as the command line says; return the exit status."""
+    # What prints survives a kill, and a terminal that lacks a character.
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     args, resumed = parse_arguments(argv)
     if args.sizing:
         print(sizing_table(args.sizing, tflops=989, utilization=0.4, tokens=300e9))
@@ -1949,12 +1997,13 @@ def main(argv=None) -> int:
     if args.eval_only:
         return evaluate_checkpoint(args, device, precision)
 
-    config, folder = build_config(args), prepare_folder(args.out_dir)
-    join_ranks(device)
-    tokenizer = get_tokenizer()
-    writes = os.environ.get("LOCAL_RANK", "0") == "0"
-    corpus = load_corpus(args.data, args.val_data, args.train_ratio, folder, tokenizer, writes)
-    train_loader, val_loader = make_loaders(args, config, corpus)
+    with leaving_no_trace(Path(args.out_dir)):
+        config, folder = build_config(args), prepare_folder(args.out_dir)
+        join_ranks(device)
+        tokenizer = get_tokenizer()
+        writes = os.environ.get("LOCAL_RANK", "0") == "0"
+        corpus = load_corpus(args.data, args.val_data, args.train_ratio, folder, tokenizer, writes)
+        train_loader, val_loader = make_loaders(args, config, corpus)
 
     torch.manual_seed(args.seed)
     model = spread(GPTModel(config).to(device), device, args.fsdp)
@@ -1968,9 +2017,10 @@ def main(argv=None) -> int:
     )
     run = Run(args, config, model, optimizer, scaler, device, train_loader, corpus)
     if resumed:
-        run.restore(resumed)
-        print(f"Resuming after step {run.progress.step:06d}")
+        resume(run, resumed)
     else:
+        if (folder / "checkpoint.pt").exists():
+            warn(f"this run replaces the earlier one in {folder}; --resume would go on with it")
         losses("Training loss", "Validation loss")
 
     with stopping_on_signals(run):
@@ -1995,6 +2045,7 @@ def main(argv=None) -> int:
             progress=run.progress,
             observer=run,
         )
+        run.save_losses()
         run.save_checkpoint(is_last=True)
     if run.signal:
         draw_losses(run)
