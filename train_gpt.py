@@ -324,6 +324,29 @@ class GPTModel(nn.Module):
 # --------------------------------------------------------------------------------------- loss
 
 
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy in the memory of its logits, the largest tensor of a training step.
+
+    logits: float32 `[tokens, vocab]`, overwritten by their log-softmax and then by their gradient;
+    targets: `[tokens]`, ignored where -100.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        out = None if logits.is_mps else logits  # there, nobody has tried it
+        log_probs = torch.log_softmax(logits, dim=-1, out=out)
+        ctx.save_for_backward(log_probs, targets)
+        return F.nll_loss(log_probs, targets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_probs, targets = ctx.saved_tensors
+        share = (targets >= 0).float()[:, None]
+        share *= grad / share.sum()  # of each token in the mean
+        targets = targets.clamp(min=0)[:, None]
+        return log_probs.exp_().mul_(share).scatter_add_(1, targets, -share), None
+
+
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Return the mean cross-entropy of one batch, in nats per token, as a scalar tensor.
 
@@ -332,7 +355,7 @@ def calc_loss_batch(input_batch, target_batch, model, device):
     input_batch = input_batch.to(device, non_blocking=True)
     target_batch = target_batch.to(device, non_blocking=True)
     logits = model(input_batch)
-    return F.cross_entropy(logits.flatten(0, 1).float(), target_batch.flatten())
+    return CrossEntropy.apply(logits.flatten(0, 1).float(), target_batch.flatten())
 
 
 def calc_loss_loader(data_loader, model, device, num_batches=None) -> float:
@@ -408,6 +431,7 @@ def train_step(model, batches, optimizer, device, precision, scaler, grad_clip=N
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     scaler.step(optimizer)
     scaler.update()
+    optimizer.zero_grad()  # again, so that what comes next has their memory
     return sum(losses)
 
 
@@ -1484,7 +1508,7 @@ class Run(Observer):
     def finite_state(self):
         """Return full_state; raise UserError before broken weights overwrite good ones."""
         weights, moments = full_state(self.model, self.optimizer)
-        if not all(weight.isfinite().all() for weight in weights.values()):
+        if not all(weight.sum().isfinite() for weight in weights.values()):
             raise self.diverged("weights are not finite")
         return weights, moments
 
@@ -1978,25 +2002,8 @@ def reporting_errors(main):
     return wrapper
 
 
-@reporting_errors
-def main(argv=None) -> int:
-    """Train, sample or evaluate as the command line says; return the exit status."""
-    # What prints survives a kill, and a terminal that lacks a character.
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    args, resumed = parse_arguments(argv)
-    if args.sizing:
-        print(sizing_table(args.sizing, tflops=989, utilization=0.4, tokens=300e9))
-        return 0
-    keep_freed_memory()
-    if args.deterministic:
-        be_deterministic()
-    device = choose_device(args.device)
-    dtype, precision, scaler = choose_precision(device, args.dtype)
-    if args.sample is not None:
-        return sample_from_checkpoint(args, device, precision)
-    if args.eval_only:
-        return evaluate_checkpoint(args, device, precision)
-
+def pretrain(args, resumed, device, dtype, precision, scaler) -> int:
+    """Train as the command line says; return the exit status."""
     with leaving_no_trace(Path(args.out_dir)):
         config, folder = build_config(args), prepare_folder(args.out_dir)
         join_ranks(device)
@@ -2012,16 +2019,14 @@ def main(argv=None) -> int:
     print_setup(args, config, corpus, train_loader, val_loader, device, dtype)
     if args.compile:
         model = compile_model(model, args.batch_size, config, device, precision)
-    losses = functools.partial(
-        print_losses, model, train_loader, val_loader, device, args.eval_iter, precision
-    )
+    evaluated = model, train_loader, val_loader, device
     run = Run(args, config, model, optimizer, scaler, device, train_loader, corpus)
     if resumed:
         resume(run, resumed)
     else:
         if (folder / "checkpoint.pt").exists():
             warn(f"this run replaces the earlier one in {folder}; --resume would go on with it")
-        losses("Training loss", "Validation loss")
+        print_losses(*evaluated, args.eval_iter, precision, "Training loss", "Validation loss")
 
     with stopping_on_signals(run):
         train_model_simple(
@@ -2053,11 +2058,33 @@ def main(argv=None) -> int:
         command = shlex.join(["python", *words, "--resume"])
         print(f"Stopped after step {run.progress.step:06d}; to go on: {command}")
         return 128 + run.signal
-    losses("Final training loss", "Final validation loss")
+    titles = "Final training loss", "Final validation loss"
+    print_losses(*evaluated, args.eval_iter, precision, *titles)
     print_speed(run, config, device, dtype)
     run.save_weights("model.pt", is_last=True)
     draw_losses(run)
     return 0
+
+
+@reporting_errors
+def main(argv=None) -> int:
+    """Train, sample or evaluate as the command line says; return the exit status."""
+    # What prints survives a kill, and a terminal that lacks a character.
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    args, resumed = parse_arguments(argv)
+    if args.sizing:
+        print(sizing_table(args.sizing, tflops=989, utilization=0.4, tokens=300e9))
+        return 0
+    keep_freed_memory()
+    if args.deterministic:
+        be_deterministic()
+    device = choose_device(args.device)
+    dtype, precision, scaler = choose_precision(device, args.dtype)
+    if args.sample is not None:
+        return sample_from_checkpoint(args, device, precision)
+    if args.eval_only:
+        return evaluate_checkpoint(args, device, precision)
+    return pretrain(args, resumed, device, dtype, precision, scaler)
 
 
 if __name__ == "__main__":
