@@ -48,6 +48,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import timeit
 import warnings
 import zipfile
 from collections import deque
@@ -139,9 +140,7 @@ class GPTDatasetV1(Dataset):
         if max_length < 1 or stride < 1:
             raise ValueError(f"max_length ({max_length}) and stride ({stride}) must be at least 1")
         if not isinstance(txt, torch.Tensor):
-            txt = torch.tensor(
-                tokenizer.encode(txt, allowed_special={END_OF_TEXT}), dtype=torch.int64
-            )
+            txt = torch.tensor(tokenizer.encode(txt, allowed_special={END_OF_TEXT})).long()
         self.token_ids = txt
         self.max_length = max_length
         self.starts = range(0, len(txt) - max_length, stride)  # each target needs one token more
@@ -188,18 +187,9 @@ class WindowBatches(Sampler):
 
 
 def create_dataloader_v1(
-    txt,
-    batch_size=4,
-    max_length=256,
-    stride=128,
-    shuffle=True,
-    drop_last=True,
-    num_workers=0,
-    *,
-    rank=0,
-    world_size=1,
-    generator=None,
-) -> DataLoader:
+    txt, batch_size=4, max_length=256, stride=128, shuffle=True, drop_last=True, num_workers=0, *,
+    rank=0, world_size=1, generator=None,
+) -> DataLoader:  # fmt: skip
     """Return a loader of (input, target) batches, int64 `[batch_size, max_length]` each.
 
     txt: a text, a tensor of token ids, or a list of such tensors that no window may straddle.
@@ -210,15 +200,10 @@ def create_dataloader_v1(
         dataset = ConcatDataset([GPTDatasetV1(ids, None, max_length, stride) for ids in txt])
     else:
         dataset = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
-    batches = WindowBatches(
-        len(dataset), batch_size, shuffle, drop_last, rank, world_size, generator
-    )
+    order = WindowBatches(len(dataset), batch_size, shuffle, drop_last, rank, world_size, generator)
+    pin = torch.cuda.is_available()
     return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        generator=generator,
-        pin_memory=torch.cuda.is_available(),
+        dataset, batch_sampler=order, num_workers=num_workers, generator=generator, pin_memory=pin
     )
 
 
@@ -454,27 +439,10 @@ def rest_of_epoch(loader, progress, group_size):
 
 
 def train_model_simple(
-    model,
-    train_loader,
-    val_loader,
-    optimizer,
-    device,
-    num_epochs,
-    eval_freq,
-    eval_iter,
-    start_context,
-    tokenizer,
-    *,
-    max_steps=math.inf,
-    grad_accum_steps=1,
-    grad_clip=None,
-    lr_schedule=None,
-    sample_freq=None,
-    precision=None,
-    scaler=None,
-    progress=None,
-    observer=None,
-):
+    model, train_loader, val_loader, optimizer, device, num_epochs, eval_freq, eval_iter,
+    start_context, tokenizer, *, max_steps=math.inf, grad_accum_steps=1, grad_clip=None,
+    lr_schedule=None, sample_freq=None, precision=None, scaler=None, progress=None, observer=None,
+):  # fmt: skip
     """Train; evaluate every eval_freq steps, print a sample after each epoch.
 
     Returns (train_losses, val_losses, track_tokens_seen), one entry per evaluation.
@@ -505,14 +473,11 @@ def train_model_simple(
 
             if progress.step % eval_freq == 0:
                 with precision:
-                    train_loss, val_loss = evaluate_model(
-                        model, train_loader, val_loader, device, eval_iter
-                    )
-                epochs = progress.epoch + progress.batch / len(train_loader)
-                progress.record(epochs, train_loss, val_loss)
+                    losses = evaluate_model(model, train_loader, val_loader, device, eval_iter)
+                progress.record(progress.epoch + progress.batch / len(train_loader), *losses)
                 print(
                     f"Ep {progress.epoch + 1} (Step {progress.step:06d}): "
-                    f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
+                    f"Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}"
                 )
             if sample_freq and (progress.step + 1) % sample_freq == 0:
                 with precision:
@@ -596,9 +561,7 @@ def last_logits(model, ids, cache, start):
 
 
 @torch.no_grad()
-def generate_tokens(
-    model, idx, max_new_tokens, context_size, temperature, top_k, eos_id, generator
-):
+def next_tokens(model, idx, max_new_tokens, context_size, temperature, top_k, eos_id, generator):
     """Yield the next token ids, `[batch, 1]` at a time; see `generate`."""
     # The cache knows neither dropout nor sharded weights: such a model is simply called.
     cached = isinstance(model, GPTModel) and not model.training and not is_sharded(model)
@@ -632,15 +595,9 @@ def generate_tokens(
 
 
 def generate(
-    model,
-    idx,
-    max_new_tokens,
-    context_size,
-    temperature=0.0,
-    top_k=None,
-    eos_id=None,
+    model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None,
     generator=None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Return idx `[batch, tokens]` followed by up to max_new_tokens sampled token ids.
 
     The model sees the last context_size tokens, with a key/value cache while all fit. Temperature 0
@@ -649,10 +606,8 @@ def generate(
     that drew it earlier is filled up with it. Source (top-k): Fan et al. 2018, "Hierarchical Neural
     Story Generation", section 5.3.
     """
-    new = generate_tokens(
-        model, idx, max_new_tokens, context_size, temperature, top_k, eos_id, generator
-    )
-    return torch.cat([idx, *new], dim=1)
+    options = context_size, temperature, top_k, eos_id, generator
+    return torch.cat([idx, *next_tokens(model, idx, max_new_tokens, *options)], dim=1)
 
 
 def generate_text_simple(model, idx, max_new_tokens, context_size) -> torch.Tensor:
@@ -681,8 +636,8 @@ PIECE_CHARACTERS = 1 << 20  # of text tokenized at a time, by each core
 
 # Where GPT-2's pattern is sure to end a token whatever stands around: between something visible and
 # a space, and between a letter or digit and a punctuation mark. None of it is inside <|endoftext|>.
-SAFE_CUT = re.compile(
-    r"\S(?=[ \n])|[a-zA-Z0-9\u3041-\u3096\u4e00-\u9fff](?=[,.;:!?，。、；：！？])"
+SAFE_CUT = re.compile(  # matches up to the last such place
+    r"(?s).*(?:\S(?=[ \n])|[a-zA-Z0-9\u3041-\u3096\u4e00-\u9fff](?=[,.;:!?，。、；：！？]))"
 )
 
 
@@ -720,10 +675,6 @@ def write_whole(path: Path, write) -> None:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
@@ -788,12 +739,10 @@ def find_sources(names: list[str], folder: Path, writes=True) -> list[Path]:
             found = [path]
         elif Path(name).is_dir():
             found = sorted(Path(name).rglob("*.txt"))
+        elif Path(name).exists():
+            found = [Path(name)]
         else:
-            found = (
-                [Path(name)]
-                if Path(name).exists()
-                else map(Path, sorted(glob.glob(name, recursive=True)))
-            )
+            found = map(Path, sorted(glob.glob(name, recursive=True)))
         found = [path for path in found if path.is_file()]
         if not found:
             raise UserError(
@@ -809,14 +758,9 @@ def text_pieces(stream, limit=math.inf):
     while block := stream.read(int(min(PIECE_CHARACTERS, limit))):
         limit -= len(block)
         text += block
-        cut = 0
-        for tail in (1000, len(block) + 1):  # mostly, the last cut is near the end
-            for match in SAFE_CUT.finditer(text, max(0, len(text) - tail)):
-                cut = match.end()
-            if cut:
-                yield text[:cut]
-                text = text[cut:]
-                break
+        if cut := SAFE_CUT.match(text, max(0, len(text) - len(block) - 1)):
+            yield text[: cut.end()]
+            text = text[cut.end() :]
     if text:
         yield text
 
@@ -843,16 +787,14 @@ def document_pieces(files):
 
 def encode_pieces(pieces, tokenizer):
     """Yield (piece, its token ids as an array), in order; all cores encode, few pieces wait."""
+    encode = functools.partial(tokenizer.encode_to_numpy, allowed_special={END_OF_TEXT})
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
-        pending = deque()
-        for piece in pieces:
-            ids = pool.submit(tokenizer.encode_to_numpy, piece, allowed_special={END_OF_TEXT})
-            pending.append((piece, ids))
-            if len(pending) > 2 * cores:
-                piece, ids = pending.popleft()
-                yield piece, ids.result()
-        for piece, ids in pending:
+        jobs = ((piece, pool.submit(encode, piece)) for piece in pieces)
+        pending = deque(itertools.islice(jobs, 2 * cores))
+        while pending:
+            piece, ids = pending.popleft()
+            pending.extend(itertools.islice(jobs, 1))
             yield piece, ids.result()
 
 
@@ -863,7 +805,7 @@ def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer
     as in the book. Memory is bounded by the pieces in work. Raises UserError for an empty text.
     """
     counts = {"characters": 0, "tokens": 0, "train_tokens": None}
-    digest, start = hashlib.sha256(), time.monotonic()
+    digest, start = hashlib.sha256(), time.perf_counter()
     bytes_total, bytes_done = sum(file.stat().st_size for file in files), 0
 
     def encode(pieces, file):
@@ -879,7 +821,7 @@ def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer
             counts["characters"] += 0 if piece is END_OF_TEXT else len(piece)
             if sys.stdout.isatty():
                 bytes_done += len(piece.encode())
-                rate, share = bytes_done / (time.monotonic() - start), bytes_done / bytes_total
+                rate, share = bytes_done / (time.perf_counter() - start), bytes_done / bytes_total
                 left = clock((bytes_total - bytes_done) / rate)
                 show_status(f"tokenizing: {share:.0%}, {rate / 1e6:.1f} MB/s, {left} left")
         return edges or [""]
@@ -917,9 +859,7 @@ def map_token_file(path: Path) -> torch.Tensor:
     if size == 0 or size % 2:
         raise UserError(f"{path} has {size} bytes, so it is no row of uint16 token ids")
     with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch warns that the map can't be written to: it's meant so
+        warnings.simplefilter("ignore")  # torch warns that the map can't be written to: meant so
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         ids = torch.frombuffer(mapped, dtype=torch.uint16)
         if size >= 1024:
@@ -967,7 +907,8 @@ def remembered(path: Path, key: dict, writes: bool, make) -> dict:
                 return kept["value"]
         if writes:
             path.unlink(missing_ok=True)
-            write_json(path, {"key": key, "value": make()})
+            note = json.dumps({"key": key, "value": make()}, indent=1).encode()
+            write_whole(path, lambda file, note=note: file.write(note))
         else:
             time.sleep(0.2)
 
@@ -1001,7 +942,7 @@ def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> 
     several, and token files, after that share of their tokens, so that the end of the last ones
     validates and nothing is read twice. Token ids of texts are kept in folder. Raises UserError.
     """
-    names = data or from_rank_0(lambda: [str(default_text(folder))])
+    names = data or from_all_ranks([str(default_text(folder))] if rank() == 0 else None)[0]
     ratio = None if val_data else train_ratio
     train, counts, identity = load_ids(names, folder / "tokens.bin", ratio, tokenizer, writes)
     identity, characters, tokens = [identity], counts["characters"], counts["text_tokens"]
@@ -1010,9 +951,8 @@ def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> 
         val, val_counts, val_identity = load_ids(val_data, path, None, tokenizer, writes)
         identity.append(val_identity)
         tokens += val_counts["text_tokens"]
-        characters = (
-            characters and val_counts["characters"] and characters + val_counts["characters"]
-        )
+        both = characters, val_counts["characters"]
+        characters = None if None in both else sum(both)
     else:
         cut = counts["train_tokens"]
         cut = int(train_ratio * tokens) if cut is None else cut
@@ -1040,13 +980,10 @@ PEAK_FLOPS = {
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is cuda, else mps, else cpu. Raises UserError."""
     if name == "auto":
-        name = "cpu"
-        if torch.cuda.is_available():
-            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-    elif name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"unknown device {name}: use auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
@@ -1104,20 +1041,14 @@ def count_parameters(config) -> dict:
     """Return how many parameters a config has in all, and in matrix products."""
     with torch.device("meta"):
         model = GPTModel(config)
-    embeddings = model.tok_emb.weight.numel() + model.pos_emb.weight.numel()
-    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    total = sum(p.numel() for p in model.parameters())
-    return {"total": total, "products": total - embeddings - vectors}
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return {"total": sum(p.numel() for p in model.parameters()), "products": products}
 
 
 def measure_cpu_flops(dtype) -> float:
     """Return FLOP/s of a product of the model's size, the best of five."""
     rows, weights = torch.ones(512, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
-    best_s = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        F.linear(rows, weights)
-        best_s = min(best_s, time.perf_counter() - start)
+    best_s = min(timeit.repeat(lambda: F.linear(rows, weights), number=1, repeat=5))
     return 2 * 512 * 768 * 3072 / best_s
 
 
@@ -1125,12 +1056,9 @@ def peak_flops(device, dtype) -> float | None:
     """Return the peak in FLOP/s, measured on a CPU, looked up for a known GPU, else None."""
     if device.type == "cpu":
         return measure_cpu_flops(dtype)
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for card, peaks in PEAK_FLOPS.items():
-            if name == card or card == "NVIDIA A100" and name.startswith("NVIDIA A100"):
-                return peaks[dtype == torch.float32]
-    return None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    card = "NVIDIA A100" if name.startswith("NVIDIA A100") else name  # PCIe, SXM, 40 and 80 GB
+    return PEAK_FLOPS.get(card, (None, None))[dtype == torch.float32]
 
 
 def peak_memory_mb(device) -> float | None:
@@ -1197,10 +1125,10 @@ def rank() -> int:
 
 def join_ranks(device) -> None:
     """Where torchrun started this process, meet the others; all but rank 0 fall silent."""
-    if "RANK" not in os.environ:
-        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
@@ -1215,27 +1143,12 @@ def mean_over_ranks(value: float) -> float:
     return total.item() / world_size()
 
 
-def from_rank_0(make):
-    """Return make() as rank 0 made it."""
-    box = [make() if rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def from_all_ranks(value) -> list:
     """Return the values of all ranks."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
-
-
-def separate_random_streams(loader, seed: int) -> None:
-    """Give all ranks one stream for the order of windows, and each its own for dropout."""
-    if loader.generator:
-        loader.generator.set_state(torch.get_rng_state())
-        torch.manual_seed(seed + 1 + rank())
 
 
 def spread(model, device, fsdp: bool):
@@ -1569,12 +1482,11 @@ def stopping_on_signals(run):
         if rank() == 0:
             print("\nstopping after this step; again to stop at once", file=sys.stderr)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, ask_to_stop) for number in numbers]
+    before = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -1833,20 +1745,10 @@ def make_loaders(args, config, corpus):
     context = config["context_length"]
     # Ranks draw the order of windows from one stream, their dropout masks from different ones.
     generator = torch.Generator() if world_size() > 1 else None
-    train_loader, val_loader = (
-        create_dataloader_v1(
-            part,
-            args.batch_size,
-            context,
-            args.stride or context,
-            shuffle=is_train,
-            drop_last=is_train,
-            rank=rank(),
-            world_size=world_size(),
-            generator=generator,
-        )
-        for part, is_train in ((corpus.train, True), (corpus.val, False))
-    )
+    ranks = {"rank": rank(), "world_size": world_size(), "generator": generator}
+    sizes = args.batch_size, context, args.stride or context
+    train_loader = create_dataloader_v1(corpus.train, *sizes, **ranks)
+    val_loader = create_dataloader_v1(corpus.val, *sizes, shuffle=False, drop_last=False, **ranks)
     tokens, val_tokens = (sum(map(len, part)) for part in (corpus.train, corpus.val))
     windows, batch = len(train_loader.dataset), args.batch_size * world_size()
     if windows == 0:
@@ -1900,15 +1802,13 @@ def sample_from_checkpoint(args, device, precision) -> int:
     model = load_model(load_checkpoint(path), path, device).eval()
     idx = text_to_token_ids(args.sample or END_OF_TEXT, tokenizer).to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
+    context_size = model.pos_emb.num_embeddings
+    options = context_size, args.temperature, args.top_k, END_OF_TEXT_ID, generator
     for _ in range(args.num_samples):
         print(args.sample, end="", flush=True)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
         with precision:
-            context_size, top_k = model.pos_emb.num_embeddings, args.top_k
-            options = args.temperature, top_k, END_OF_TEXT_ID, generator
-            for next_ids in generate_tokens(
-                model, idx, args.max_new_tokens, context_size, *options
-            ):
+            for next_ids in next_tokens(model, idx, args.max_new_tokens, *options):
                 token = tokenizer.decode_single_token_bytes(next_ids.item())
                 print(decoder.decode(token), end="", flush=sys.stdout.isatty())
         print(decoder.decode(b"", final=True))
@@ -1970,38 +1870,6 @@ def draw_losses(run) -> None:
         print(f"Files in {run.folder}: {', '.join(files)}")
 
 
-def reporting_errors(main):
-    """Make main end with one line and status 2 where the user can mend what went wrong."""
-
-    @functools.wraps(main)
-    def wrapper(argv=None):
-        try:
-            status = main(argv)
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            return status
-        except UserError as error:
-            fail(str(error))
-        except OSError as error:
-            fail(f"{error}: check that path, its permissions and the free space")
-        except (MemoryError, RuntimeError) as error:
-            # The second is torch's on a CPU; torch.OutOfMemoryError is a RuntimeError as well.
-            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-                raise
-            fail(
-                "out of memory: lower --batch-size (and raise --grad-accum-steps as much), "
-                "--context-length or the model's size; --resume goes on from the last checkpoint"
-            )
-        except KeyboardInterrupt:
-            print(
-                "\ntrain_gpt: interrupted; nothing is lost but the work since the last save",
-                file=sys.stderr,
-            )
-            return 128 + signal.SIGINT
-
-    return wrapper
-
-
 def pretrain(args, resumed, device, dtype, precision, scaler) -> int:
     """Train as the command line says; return the exit status."""
     with leaving_no_trace(Path(args.out_dir)):
@@ -2015,7 +1883,9 @@ def pretrain(args, resumed, device, dtype, precision, scaler) -> int:
     torch.manual_seed(args.seed)
     model = spread(GPTModel(config).to(device), device, args.fsdp)
     optimizer = make_optimizer(model, args)
-    separate_random_streams(train_loader, args.seed)
+    if train_loader.generator:  # one stream for the order of windows, one per rank for dropout
+        train_loader.generator.set_state(torch.get_rng_state())
+        torch.manual_seed(args.seed + 1 + rank())
     print_setup(args, config, corpus, train_loader, val_loader, device, dtype)
     if args.compile:
         model = compile_model(model, args.batch_size, config, device, precision)
@@ -2030,26 +1900,12 @@ def pretrain(args, resumed, device, dtype, precision, scaler) -> int:
 
     with stopping_on_signals(run):
         train_model_simple(
-            model,
-            train_loader,
-            val_loader,
-            optimizer,
-            device,
-            args.epochs,
-            args.eval_freq,
-            args.eval_iter,
-            args.start_context,
-            tokenizer,
-            max_steps=args.max_steps or math.inf,
-            grad_accum_steps=args.grad_accum_steps,
-            grad_clip=args.grad_clip,
-            lr_schedule=run.lr_schedule,
-            sample_freq=args.sample_freq,
-            precision=precision,
-            scaler=scaler,
-            progress=run.progress,
-            observer=run,
-        )
+            model, train_loader, val_loader, optimizer, device, args.epochs, args.eval_freq,
+            args.eval_iter, args.start_context, tokenizer, max_steps=args.max_steps or math.inf,
+            grad_accum_steps=args.grad_accum_steps, grad_clip=args.grad_clip,
+            lr_schedule=run.lr_schedule, sample_freq=args.sample_freq, precision=precision,
+            scaler=scaler, progress=run.progress, observer=run,
+        )  # fmt: skip
         run.save_losses()
         run.save_checkpoint(is_last=True)
     if run.signal:
@@ -2066,8 +1922,7 @@ def pretrain(args, resumed, device, dtype, precision, scaler) -> int:
     return 0
 
 
-@reporting_errors
-def main(argv=None) -> int:
+def run_command(argv=None) -> int:
     """Train, sample or evaluate as the command line says; return the exit status."""
     # What prints survives a kill, and a terminal that lacks a character.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
@@ -2085,6 +1940,31 @@ def main(argv=None) -> int:
     if args.eval_only:
         return evaluate_checkpoint(args, device, precision)
     return pretrain(args, resumed, device, dtype, precision, scaler)
+
+
+def main(argv=None) -> int:
+    """Do what the command line says; one line and status 2 for what the user can mend."""
+    try:
+        status = run_command(argv)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error}: check that path, its permissions and the free space")
+    except (MemoryError, RuntimeError) as error:
+        # The second is torch's on a CPU; torch.OutOfMemoryError is a RuntimeError as well.
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        fail(
+            "out of memory: lower --batch-size (and raise --grad-accum-steps as much), "
+            "--context-length or the model's size; --resume goes on from the last checkpoint"
+        )
+    except KeyboardInterrupt:
+        message = "interrupted; nothing is lost but the work since the last save"
+        print(f"\ntrain_gpt: {message}", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
