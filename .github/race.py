@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Race train_gpt.py's training step against nanoGPT's, Hugging Face's and the published one's.
 
 The same work for each: GPT-2 small at a context of 256, batches of 2 windows of the same random
@@ -61,8 +60,14 @@ def contestant(side, dtype, nanogpt):
             from llms_from_scratch.ch05 import calc_loss_batch
 
             model = GPTModel(
-                dict(vocab_size=50257, context_length=256, emb_dim=768, n_heads=12, n_layers=12)
-                | dict(drop_rate=0.1, qkv_bias=False)
+                {
+                    "vocab_size": 50257,
+                    "context_length": 256,
+                    "emb_dim": 768,
+                    "n_heads": 12,
+                    "n_layers": 12,
+                }
+                | {"drop_rate": 0.1, "qkv_bias": False}
             )
             optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
 
@@ -149,7 +154,10 @@ def main():
                 command = [sys.executable, __file__, "--side", side, "--dtype", dtype]
                 command += ["--nanogpt", args.nanogpt]
                 output = subprocess.run(
-                    command, check=True, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+                    command,
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    env={**os.environ, "HF_HUB_OFFLINE": "1"},
                 ).stdout
                 figures.append(json.loads(output))
         for side, figures in rounds.items():
