@@ -423,7 +423,7 @@ def train_step(model, batches, optimizer, device, precision, scaler, grad_clip=N
 def rest_of_epoch(loader, progress, group_size):
     """Yield the epoch's batches from progress.batch on, in lists of group_size (or a last few)."""
     generator = getattr(loader, "generator", None) or torch.default_generator
-    if progress.batch == 0:
+    if progress.epoch_start is None:
         progress.epoch_start = generator.get_state()
         batches = iter(loader)
     else:  # draw the interrupted epoch's order again; what it had passed is not read
@@ -491,7 +491,7 @@ def train_model_simple(
         if progress.step + 1 >= max_steps:
             break
         progress.epoch += 1
-        progress.batch = 0
+        progress.batch, progress.epoch_start = 0, None
     return progress.losses()
 
 
@@ -727,7 +727,7 @@ def find_sources(names: list[str], folder: Path, writes=True) -> list[Path]:
     for name in names:
         if re.match(r"https?://", name):
             digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-            path = folder / f"{digest}-{Path(urlsplit(name).path).name or 'index'}"
+            path = folder / f"download-{digest}-{Path(urlsplit(name).path).name or 'index'}"
             while not path.exists():
                 try:
                     download(name, path) if writes else time.sleep(0.2)
@@ -737,16 +737,17 @@ def find_sources(names: list[str], folder: Path, writes=True) -> list[Path]:
                         "download it yourself and name the file"
                     ) from None
             found = [path]
-        elif Path(name).is_dir():
+        elif name and Path(name).is_dir():
             found = sorted(Path(name).rglob("*.txt"))
-        elif Path(name).exists():
+        elif name and Path(name).exists():
             found = [Path(name)]
         else:
             found = map(Path, sorted(glob.glob(name, recursive=True)))
         found = [path for path in found if path.is_file()]
         if not found:
             raise UserError(
-                f"{name} is no file, no folder with *.txt files and no pattern of files: check it"
+                f"{name or 'the empty name'} is no file, no folder with *.txt files and no pattern "
+                "of files: check it"
             )
         files += found
     return files
@@ -844,7 +845,13 @@ def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer
 
     if bytes_total == 0:
         raise UserError(f"{files[0]} is empty: name a text with --data")
-    write_whole(path, encode_all)
+    try:
+        write_whole(path, encode_all)
+    except ValueError as error:
+        raise UserError(
+            f"tiktoken can't encode the text ({reason(error)}): shorten its longest run of blanks "
+            "or of empty lines"
+        ) from None
     show_status("")
     return {"text_tokens": counts["tokens"], **counts, "sha256": digest.hexdigest()}
 
@@ -913,13 +920,12 @@ def remembered(path: Path, key: dict, writes: bool, make) -> dict:
             time.sleep(0.2)
 
 
-def load_ids(names, path, train_ratio, tokenizer, writes):
+def load_ids(files, path, train_ratio, tokenizer, writes):
     """Return (list of id tensors, counts, identity) of texts, tokenized to path, or token files."""
-    files = find_sources(names, path.parent, writes)
     kinds = {file.suffix == ".bin" for file in files}
     if len(kinds) > 1:
         raise UserError(
-            f"--data {' '.join(names)} mixes texts and token files (*.bin): give one kind"
+            f"{files[0]} and {len(files) - 1} more mix texts and token files (*.bin): give one kind"
         )
     ratio = train_ratio if len(files) == 1 else None
     stats = [(file, file.stat()) for file in files]
@@ -943,12 +949,16 @@ def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> 
     validates and nothing is read twice. Token ids of texts are kept in folder. Raises UserError.
     """
     names = data or from_all_ranks([str(default_text(folder))] if rank() == 0 else None)[0]
+    files, val_files = (find_sources(part, folder, writes) for part in (names, val_data or []))
+    path, val_path = folder / "tokens.bin", folder / "val-tokens.bin"
+    for file in files + val_files:
+        if file.resolve() in (path.resolve(), val_path.resolve()):
+            raise UserError(f"{file} is a file that this run may write: use another --out-dir")
     ratio = None if val_data else train_ratio
-    train, counts, identity = load_ids(names, folder / "tokens.bin", ratio, tokenizer, writes)
+    train, counts, identity = load_ids(files, path, ratio, tokenizer, writes)
     identity, characters, tokens = [identity], counts["characters"], counts["text_tokens"]
     if val_data:
-        path = folder / "val-tokens.bin"
-        val, val_counts, val_identity = load_ids(val_data, path, None, tokenizer, writes)
+        val, val_counts, val_identity = load_ids(val_files, val_path, None, tokenizer, writes)
         identity.append(val_identity)
         tokens += val_counts["text_tokens"]
         both = characters, val_counts["characters"]
@@ -984,7 +994,7 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9][0-9]?))?", name):
         raise UserError(f"unknown device {name}: use auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -1071,6 +1081,12 @@ def peak_memory_mb(device) -> float | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KB elsewhere
+
+
+def is_out_of_memory(error) -> bool:
+    """Tell whether memory ran out: Python's, a device's, or, by torch's words for it, the CPU's."""
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def compile_model(model, batch_size, config, device, precision):
@@ -1313,8 +1329,11 @@ class Run(Observer):
         self.evaluated = progress.step % args.eval_freq == 0
         self.saving = bool(args.checkpoint_every) and step % args.checkpoint_every == 0
         logging = bool(args.log_freq) and step % args.log_freq == 0
-        # Reading the loss waits for a GPU, so there it's read only where a figure is due.
-        if not (self.device.type == "cpu" or self.evaluated or self.saving or logging):
+        epoch_ends = progress.batch == len(self.train_loader)
+        sampling = step % args.sample_freq == 0 if args.sample_freq else epoch_ends
+        # Reading the loss waits for a GPU, so there it's read only before what isn't training.
+        idle = self.evaluated or self.saving or logging or sampling
+        if self.device.type != "cpu" and not idle:
             return
         self.loss = mean_over_ranks(loss.item())
         self.stop_timing(progress)
@@ -1384,13 +1403,15 @@ class Run(Observer):
 
         Raises UserError instead if it was the run's last chance.
         """
+        failure = None
         try:
             if rank() == 0:
                 write_whole(self.folder / name, write)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
             failure = f"{self.folder / name} can't be saved ({reason(error)}), an old one is kept"
-            if is_last:
-                raise UserError(f"{failure}: make room, then add --resume to the command") from None
+        if is_last and (failure := from_all_ranks(failure)[0]):
+            raise UserError(f"{failure}: make room, then add --resume to the command")
+        if failure:
             warn(f"{failure}: training goes on")
 
     def save_losses(self):
@@ -1421,15 +1442,17 @@ class Run(Observer):
     def finite_state(self):
         """Return full_state; raise UserError before broken weights overwrite good ones."""
         weights, moments = full_state(self.model, self.optimizer)
-        if not all(weight.sum().isfinite() for weight in weights.values()):
+        finite = all(weight.sum().isfinite() for weight in weights.values())
+        if not all(from_all_ranks(finite)):
             raise self.diverged("weights are not finite")
         return weights, moments
 
     def diverged(self, what) -> UserError:
         lr = self.optimizer.param_groups[0]["lr"]
+        kept = (self.folder / "checkpoint.pt").exists()
         return UserError(
-            f"the {what} at step {self.progress.step}, learning rate {lr:g}: lower --lr, or add "
-            "--warmup-steps or --grad-clip 1.0; the last good checkpoint is kept"
+            f"the {what} at step {self.progress.step}, learning rate {lr:g}: start anew with a lower "
+            "--lr, --warmup-steps or --grad-clip 1.0" + "; the last good checkpoint is kept" * kept
         )
 
     def restore(self, content) -> None:
@@ -1463,6 +1486,8 @@ def resume(run, content) -> None:
             raise ValueError("its config is not the one of its settings")
         run.restore(content)
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{run.folder / 'checkpoint.pt'} doesn't hold what resuming needs ({reason(error)}): "
             "start anew with another --out-dir"
@@ -1565,7 +1590,7 @@ def number(kind, inside, wanted):
 
     def convert(text):
         value = kind(text)
-        if not (math.isfinite(value) and inside(value)):
+        if not (inside(value) and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
         return value
 
@@ -1660,7 +1685,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-only", bool, None, "print losses and perplexities of --checkpoint on the data")
     add("--checkpoint", str, None, "model.pt, best.pt or checkpoint.pt of a run", metavar="FILE")
     add("--max-new-tokens", size, 50, "tokens to sample")
-    add("--temperature", rate, 0.0, "0 takes the likeliest token, 1 samples")
+    heat = number(float, lambda x: x == 0 or x >= 1e-6, "0 or at least 1e-6")
+    add("--temperature", heat, 0.0, "0 takes the likeliest token, 1 samples")
     add("--top-k", size, None, "sample from the k likeliest tokens (default: from all)")
     add("--num-samples", size, 1, "how many samples to print")
     add("--sizing", positive, None, "print memory and days that GPT-2 sizes need on "
@@ -1726,15 +1752,17 @@ def prepare_folder(name: str) -> Path:
 
 @contextlib.contextmanager
 def leaving_no_trace(folder: Path):
-    """Where the input turns out bad, remove what is new in folder, but no token file of hours."""
-    before = set(folder.iterdir()) if folder.is_dir() else None
+    """Where the input turns out bad, remove what was made of it, but no token file of hours."""
+    patterns = "tokens.*", "val-tokens.*", "download-*", "python-topics.txt"
+    existed, before = folder.exists(), {p for pattern in patterns for p in folder.glob(pattern)}
     try:
         yield
-    except UserError:
-        for path in set(folder.iterdir()) - (before or set()) if folder.is_dir() else ():
-            if path.stat().st_size < 1e9:
-                path.unlink(missing_ok=True)
-        if before is None:
+    except (UserError, OSError):
+        for path in {p for pattern in patterns for p in folder.glob(pattern)} - before:
+            with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                if path.stat().st_size < 1e9:
+                    path.unlink()
+        if not existed:
             with contextlib.suppress(OSError):  # absent, or not empty
                 folder.rmdir()
         raise
@@ -1764,7 +1792,8 @@ def make_loaders(args, config, corpus):
     if len(val_loader) == 0:
         warn(
             f"the validation part has {val_tokens} tokens, but one window needs {context + 1} (on "
-            "each process): val loss will be nan; lower --context-length or --train-ratio"
+            "each process): val loss will be nan, best.pt won't be written; lower --context-length or "
+            "--train-ratio"
         )
     return train_loader, val_loader
 
@@ -1819,11 +1848,13 @@ def evaluate_checkpoint(args, device, precision) -> int:
     """Print losses and perplexities of a saved model on the data."""
     content = load_checkpoint(Path(args.checkpoint))
     model = load_model(content, Path(args.checkpoint), device)
-    folder = prepare_folder(args.out_dir)
-    corpus = load_corpus(args.data, args.val_data, args.train_ratio, folder, get_tokenizer())
-    loaders = make_loaders(args, content["config"], corpus)
-    titles = "Training loss", "Validation loss"
-    losses = print_losses(model, *loaders, device, args.eval_iter, precision, *titles)
+    # Not in --out-dir, where the tokens of a run to resume may lie.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        data = args.data, args.val_data, args.train_ratio
+        corpus = load_corpus(*data, Path(folder), get_tokenizer())
+        loaders = make_loaders(args, content["config"], corpus)
+        titles = "Training loss", "Validation loss"
+        losses = print_losses(model, *loaders, device, args.eval_iter, precision, *titles)
     for name, loss in zip(("Training", "Validation"), losses):
         perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf where too large
         print(f"{name} perplexity: {perplexity:.3f}")
@@ -1908,10 +1939,14 @@ def pretrain(args, resumed, device, dtype, precision, scaler) -> int:
         )  # fmt: skip
         run.save_losses()
         run.save_checkpoint(is_last=True)
+    run.signal = max(from_all_ranks(run.signal))
     if run.signal:
         draw_losses(run)
-        words = [word for word in sys.argv if word != "--resume"]
-        command = shlex.join(["python", *words, "--resume"])
+        command = shlex.join(
+            ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
+        )
+        if dist.is_initialized():
+            command = "the same torchrun command with --resume"
         print(f"Stopped after step {run.progress.step:06d}; to go on: {command}")
         return 128 + run.signal
     titles = "Final training loss", "Final validation loss"
@@ -1954,12 +1989,11 @@ def main(argv=None) -> int:
     except OSError as error:
         fail(f"{error}: check that path, its permissions and the free space")
     except (MemoryError, RuntimeError) as error:
-        # The second is torch's on a CPU; torch.OutOfMemoryError is a RuntimeError as well.
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         fail(
-            "out of memory: lower --batch-size (and raise --grad-accum-steps as much), "
-            "--context-length or the model's size; --resume goes on from the last checkpoint"
+            "out of memory: start anew with a lower --batch-size (and --grad-accum-steps as much "
+            "higher), a shorter --context-length or a smaller model; checkpoints are kept"
         )
     except KeyboardInterrupt:
         message = "interrupted; nothing is lost but the work since the last save"
