@@ -1982,7 +1982,10 @@ def main(argv=None) -> int:
     try:
         status = run_command(argv)
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.barrier()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
         return status
     except UserError as error:
         fail(str(error))
