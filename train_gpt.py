@@ -154,56 +154,21 @@ class GPTDatasetV1(Dataset):
         return window[:-1], window[1:]
 
 
-class WindowBatches(Sampler):
-    """The batches of an epoch, as lists of window numbers, in torch's own random order.
-
-    Draws what `DataLoader(shuffle=True)` draws, but keeps the order in 8 bytes a window.
-    With several ranks each takes its share of a batch that is world_size times as large; a share
-    that doesn't come out even goes to all, so that the mean over ranks is that of one process.
-    `first_batch` starts the next pass, once, past that many batches.
-    """
-
-    def __init__(self, windows, batch_size, shuffle, drop_last, rank, world_size, generator):
-        self.windows, self.shuffle, self.generator = windows, shuffle, generator
-        self.rank, self.world_size = rank, world_size
-        self.size = batch_size * world_size
-        self.batches = windows // self.size if drop_last else math.ceil(windows / self.size)
-        self.first_batch = 0
-
-    def __len__(self):
-        return self.batches
-
-    def __iter__(self):
-        first, self.first_batch = self.first_batch, 0
-        order = torch.arange(self.windows)
-        if self.shuffle:
-            seed = torch.empty((), dtype=torch.int64).random_(generator=self.generator).item()
-            order = torch.randperm(self.windows, generator=torch.Generator().manual_seed(seed))
-        for number in range(first, self.batches):
-            batch = order[number * self.size : (number + 1) * self.size]
-            if len(batch) % self.world_size == 0:
-                batch = batch.chunk(self.world_size)[self.rank]
-            yield batch.tolist()
-
-
 def create_dataloader_v1(
-    txt, batch_size=4, max_length=256, stride=128, shuffle=True, drop_last=True, num_workers=0, *,
-    rank=0, world_size=1, generator=None,
-) -> DataLoader:  # fmt: skip
+    txt, batch_size=4, max_length=256, stride=128, shuffle=True, drop_last=True, num_workers=0
+) -> DataLoader:
     """Return a loader of (input, target) batches, int64 `[batch_size, max_length]` each.
 
-    txt: a text, a tensor of token ids, or a list of such tensors that no window may straddle.
-    drop_last leaves out a last batch that isn't full. Without a generator, orders are drawn from
-    torch's global one. rank and world_size: see WindowBatches.
+    txt: a text, or its token ids as a 1-D tensor. drop_last leaves out a last batch that isn't full.
     """
-    if isinstance(txt, list):
-        dataset = ConcatDataset([GPTDatasetV1(ids, None, max_length, stride) for ids in txt])
-    else:
-        dataset = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
-    order = WindowBatches(len(dataset), batch_size, shuffle, drop_last, rank, world_size, generator)
-    pin = torch.cuda.is_available()
+    dataset = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
     return DataLoader(
-        dataset, batch_sampler=order, num_workers=num_workers, generator=generator, pin_memory=pin
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -318,8 +283,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        out = None if logits.is_mps else logits  # there, nobody has tried it
-        log_probs = torch.log_softmax(logits, dim=-1, out=out)
+        log_probs = torch.log_softmax(logits, dim=-1)
         ctx.save_for_backward(log_probs, targets)
         return F.nll_loss(log_probs, targets)
 
@@ -356,6 +320,17 @@ def calc_loss_loader(data_loader, model, device, num_batches=None) -> float:
 # ------------------------------------------------------------------------------ training loop
 
 
+class Precision(NamedTuple):
+    """How matrix products are computed; weights, loss and optimizer stay float32."""
+
+    dtype: torch.dtype = torch.float32
+    autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+    scaler: torch.amp.GradScaler = torch.amp.GradScaler(enabled=False)  # float16 needs it
+
+
+FLOAT32 = Precision()
+
+
 @dataclass
 class Progress:
     """Where a run stands: what the loop must know to go on as if it had never stopped."""
@@ -364,30 +339,28 @@ class Progress:
     batch: int = 0  # batches of the current epoch trained on
     step: int = -1  # last optimizer step, counted from 0
     tokens_seen: int = 0
-    epoch_start: torch.Tensor | None = None  # random state that drew the current epoch's order
-    history: dict = field(
+    history: dict = field(  # an entry per evaluation in each list
         default_factory=lambda: {
             name: [] for name in ("steps", "epochs", "tokens_seen", "train_losses", "val_losses")
         }
     )
-
-    def losses(self):
-        """Return (train_losses, val_losses, tokens_seen), one entry per evaluation."""
-        return tuple(self.history[name] for name in ("train_losses", "val_losses", "tokens_seen"))
 
     def record(self, epochs, train_loss, val_loss):
         figures = (self.step, epochs, self.tokens_seen, train_loss, val_loss)
         for values, figure in zip(self.history.values(), figures, strict=True):
             values.append(figure)
 
+    def losses(self):
+        return tuple(self.history[name] for name in ("train_losses", "val_losses", "tokens_seen"))
+
 
 class Observer:
-    """What the loop reports to; this one ignores it. `Run` saves, shows and stops."""
+    """What the loop reports to; this one ignores it. `Run` shows, saves and stops."""
 
-    def before_step(self, progress):
-        """Called with a step's batches at hand."""
+    def before_epoch(self, progress):
+        """Called before the epoch's batches are drawn."""
 
-    def on_loss(self, progress, loss):
+    def after_update(self, progress, loss):
         """Called when the weights are updated, with the step's loss, a scalar on the device."""
 
     def after_step(self, progress) -> bool:
@@ -395,7 +368,7 @@ class Observer:
         return False
 
 
-def train_step(model, batches, optimizer, device, precision, scaler, grad_clip=None):
+def train_step(model, batches, optimizer, device, precision=FLOAT32, grad_clip=None):
     """Update the weights once, from the mean gradient of `batches`; return their mean loss.
 
     batches: a list of (input, target) pairs, `[batch, tokens]` each, whose gradients are
@@ -406,42 +379,31 @@ def train_step(model, batches, optimizer, device, precision, scaler, grad_clip=N
     losses = []
     for number, (input_batch, target_batch) in enumerate(batches, start=1):
         with contextlib.nullcontext() if number == len(batches) else local_gradients(model):
-            with precision:
+            with precision.autocast:
                 loss = calc_loss_batch(input_batch, target_batch, model, device)
                 loss = loss * (input_batch.numel() / total_tokens)
-            scaler.scale(loss).backward()
+            precision.scaler.scale(loss).backward()
         losses.append(loss.detach())
     if grad_clip:
-        scaler.unscale_(optimizer)
+        precision.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
     optimizer.zero_grad()  # again, so that what comes next has their memory
     return sum(losses)
 
 
-def rest_of_epoch(loader, progress, group_size):
-    """Yield the epoch's batches from progress.batch on, in lists of group_size (or a last few)."""
-    generator = getattr(loader, "generator", None) or torch.default_generator
-    if progress.epoch_start is None:
-        progress.epoch_start = generator.get_state()
-        batches = iter(loader)
-    else:  # draw the interrupted epoch's order again; what it had passed is not read
-        now = generator.get_state()
-        generator.set_state(progress.epoch_start)
-        loader.batch_sampler.first_batch = progress.batch
-        batches = iter(loader)
-        first = list(itertools.islice(batches, 1))
-        generator.set_state(now)
-        batches = itertools.chain(first, batches)
-    while group := list(itertools.islice(batches, group_size)):
+def in_groups(batches, size):
+    """Yield lists of `size` batches, the last of which may be shorter."""
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, size)):
         yield group
 
 
 def train_model_simple(
     model, train_loader, val_loader, optimizer, device, num_epochs, eval_freq, eval_iter,
     start_context, tokenizer, *, max_steps=math.inf, grad_accum_steps=1, grad_clip=None,
-    lr_schedule=None, sample_freq=None, precision=None, scaler=None, progress=None, observer=None,
+    lr_schedule=None, sample_freq=None, precision=FLOAT32, progress=None, observer=None,
 ):  # fmt: skip
     """Train; evaluate every eval_freq steps, print a sample after each epoch.
 
@@ -449,30 +411,28 @@ def train_model_simple(
 
     eval_iter: batches per loader and evaluation. max_steps, grad_accum_steps, sample_freq count
     optimizer steps, batches per step, steps between samples (default: one after each epoch).
-    lr_schedule: function of the step. precision, scaler: from `choose_precision`. progress: where
-    to begin, kept up to date. observer: told of each step.
+    lr_schedule: function of the step. progress: where to begin, kept up to date. observer: told of
+    each step.
     """
     progress = progress or Progress()
     observer = observer or Observer()
-    precision = precision or contextlib.nullcontext()
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
-    while progress.epoch < num_epochs:
+    while progress.epoch < num_epochs and progress.step + 1 < max_steps:
         model.train()
-        for batches in rest_of_epoch(train_loader, progress, grad_accum_steps):
+        observer.before_epoch(progress)
+        for batches in in_groups(train_loader, grad_accum_steps):
             if progress.step + 1 >= max_steps:
                 break
             if lr_schedule:
                 for group in optimizer.param_groups:
                     group["lr"] = lr_schedule(progress.step + 1)
-            observer.before_step(progress)
-            loss = train_step(model, batches, optimizer, device, precision, scaler, grad_clip)
+            loss = train_step(model, batches, optimizer, device, precision, grad_clip)
             progress.step += 1
             progress.batch += len(batches)
             progress.tokens_seen += sum(x.numel() for x, _ in batches) * world_size()
-            observer.on_loss(progress, loss)
+            observer.after_update(progress, loss)
 
             if progress.step % eval_freq == 0:
-                with precision:
+                with precision.autocast:
                     losses = evaluate_model(model, train_loader, val_loader, device, eval_iter)
                 progress.record(progress.epoch + progress.batch / len(train_loader), *losses)
                 print(
@@ -480,18 +440,18 @@ def train_model_simple(
                     f"Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}"
                 )
             if sample_freq and (progress.step + 1) % sample_freq == 0:
-                with precision:
+                with precision.autocast:
                     generate_and_print_sample(model, tokenizer, device, start_context)
             if observer.after_step(progress):
                 return progress.losses()
 
         if not sample_freq:
-            with precision:
+            with precision.autocast:
                 generate_and_print_sample(model, tokenizer, device, start_context)
-        if progress.step + 1 >= max_steps:
-            break
+        if progress.step + 1 >= max_steps and progress.batch < len(train_loader):
+            break  # in mid-epoch
         progress.epoch += 1
-        progress.batch, progress.epoch_start = 0, None
+        progress.batch = 0
     return progress.losses()
 
 
@@ -625,6 +585,42 @@ def generate_and_print_sample(model, tokenizer, device, start_context):
     print(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
 
 
+# ----------------------------------------------------------------------------------- messages
+
+
+def reason(error) -> str:
+    """Return what an exception says, short enough for a line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 120)
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr, from rank 0."""
+    if rank() == 0:
+        print(f"train_gpt: warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def fail(message: str) -> None:
+    """Print one line on stderr and exit with status 2."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # torchrun ends this process now if rank 0, too, failed and said so
+    show_status("")
+    print(f"train_gpt: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def show_status(text: str) -> None:
+    """On a terminal, write text over the current line and leave the cursor at its start."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[K{text[:width]}\r", end="", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
 # ------------------------------------------------------------------------------------ corpora
 
 VERDICT_URL = (
@@ -632,6 +628,7 @@ VERDICT_URL = (
     "the-verdict.txt"
 )
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+DOWNLOAD_TIMEOUT_S = 30  # without a byte
 PIECE_CHARACTERS = 1 << 20  # of text tokenized at a time, by each core
 
 # Where GPT-2's pattern is sure to end a token whatever stands around: between something visible and
@@ -652,20 +649,16 @@ class Corpus(NamedTuple):
     identity: list  # tells whether a resumed run sees the same data
 
 
-def reason(error) -> str:
-    """Return what an exception says, short enough for a line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 120)
-
-
-def write_whole(path: Path, write) -> None:
-    """Let write(file) fill a file that takes its name only once it is whole and on disk.
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """Open a file that takes its name only once it is whole and on disk.
 
     Raises OSError, leaving an older file of that name as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -681,22 +674,20 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     """Save what url holds as path, whole or not at all. Raises OSError, as requests' errors are."""
     import requests
 
-    def receive(file):
-        digest, start = hashlib.sha256(), time.monotonic()
-        with requests.get(url, stream=True, timeout=(10, 30)) as response:  # seconds without a byte
-            response.raise_for_status()
-            for part in response.iter_content(1 << 10):
-                file.write(part)
-                digest.update(part)
-                elapsed_s = time.monotonic() - start
-                if elapsed_s > 30 and file.tell() < 1000 * elapsed_s:
-                    raise OSError("the answer comes at less than 1 kB/s")
+    digest, start = hashlib.sha256(), time.monotonic()
+    timeouts = (10, DOWNLOAD_TIMEOUT_S)
+    with whole_file(path) as file, requests.get(url, stream=True, timeout=timeouts) as response:
+        response.raise_for_status()
+        for part in response.iter_content(1 << 10):
+            file.write(part)
+            digest.update(part)
+            elapsed_s = time.monotonic() - start
+            if elapsed_s > DOWNLOAD_TIMEOUT_S and file.tell() < 1000 * elapsed_s:
+                raise OSError("the answer comes at less than 1 kB/s")
         if file.tell() == 0:
             raise OSError("the answer is empty")
         if sha256 and digest.hexdigest() != sha256:
             raise OSError("the answer is another text (its SHA-256 differs)")
-
-    write_whole(path, receive)
 
 
 def default_text(folder: Path) -> Path:
@@ -708,9 +699,9 @@ def default_text(folder: Path) -> Path:
     except OSError as error:
         from pydoc_data.topics import topics
 
-        text = "".join(topics[name] for name in sorted(topics))[:20479]
         path = folder / "python-topics.txt"
-        write_whole(path, lambda file: file.write(text.encode()))
+        with whole_file(path) as file:
+            file.write("".join(topics[name] for name in sorted(topics))[:20479].encode())
         warn(
             f"the-verdict.txt is not here and can't be downloaded ({reason(error)}): training on "
             "Python's own documentation, so the losses will differ from the published ones"
@@ -718,7 +709,7 @@ def default_text(folder: Path) -> Path:
     return path
 
 
-def find_sources(names: list[str], folder: Path, writes=True) -> list[Path]:
+def find_sources(names: list[str], folder: Path, writes: bool) -> list[Path]:
     """Return the files that names stand for: files, folders, glob patterns, URLs (saved in folder).
 
     Raises UserError for a name that stands for nothing.
@@ -753,19 +744,6 @@ def find_sources(names: list[str], folder: Path, writes=True) -> list[Path]:
     return files
 
 
-def text_pieces(stream, limit=math.inf):
-    """Yield the stream's next `limit` characters in pieces whose tokens are those of the whole."""
-    text = ""
-    while block := stream.read(int(min(PIECE_CHARACTERS, limit))):
-        limit -= len(block)
-        text += block
-        if cut := SAFE_CUT.match(text, max(0, len(text) - len(block) - 1)):
-            yield text[: cut.end()]
-            text = text[cut.end() :]
-    if text:
-        yield text
-
-
 @contextlib.contextmanager
 def open_text(path: Path):
     """Open a UTF-8 text. Raises UserError where it turns out to be something else."""
@@ -777,83 +755,99 @@ def open_text(path: Path):
         raise UserError(f"{path} is not UTF-8 (byte 0x{byte:02x}): convert it to UTF-8") from None
 
 
-def document_pieces(files):
-    """Yield the pieces of all files, with the end-of-text token between files."""
+def text_blocks(stream):
+    """Yield a text stream's blocks of PIECE_CHARACTERS."""
+    return iter(lambda: stream.read(PIECE_CHARACTERS), "")
+
+
+def text_pieces(stream):
+    """Yield a text stream in pieces whose tokens, one after the other, are those of the whole."""
+    text = ""
+    for block in text_blocks(stream):
+        text += block
+        if cut := SAFE_CUT.match(text, max(0, len(text) - len(block) - 1)):
+            yield text[: cut.end()]
+            text = text[cut.end() :]
+    if text:
+        yield text
+
+
+BETWEEN_DOCUMENTS = [END_OF_TEXT]
+
+
+def document_pieces(files, cut):
+    """Yield the files' pieces, a list of one each, or of the two halves of the one that is cut.
+
+    cut: after how many characters of the first file. The end-of-text token comes between files.
+    """
     for number, path in enumerate(files):
         if number:
-            yield END_OF_TEXT
+            yield BETWEEN_DOCUMENTS
         with open_text(path) as stream:
-            yield from text_pieces(stream)
+            for piece in text_pieces(stream):
+                yield [piece[:cut], piece[cut:]] if 0 <= cut < len(piece) else [piece]
+                cut -= len(piece)
 
 
 def encode_pieces(pieces, tokenizer):
-    """Yield (piece, its token ids as an array), in order; all cores encode, few pieces wait."""
-    encode = functools.partial(tokenizer.encode_to_numpy, allowed_special={END_OF_TEXT})
+    """Yield (texts, their token ids as arrays) in order; all cores encode, few pieces wait."""
+
+    def encode(texts):
+        return texts, [tokenizer.encode_to_numpy(t, allowed_special={END_OF_TEXT}) for t in texts]
+
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
-        jobs = ((piece, pool.submit(encode, piece)) for piece in pieces)
+        jobs = (pool.submit(encode, texts) for texts in pieces)
         pending = deque(itertools.islice(jobs, 2 * cores))
         while pending:
-            piece, ids = pending.popleft()
+            yield pending.popleft().result()
             pending.extend(itertools.islice(jobs, 1))
-            yield piece, ids.result()
 
 
 def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer) -> dict:
     """Write the token ids of text files to path, as raw little-endian uint16; return the counts.
 
-    A single file with a train_ratio is cut there, by characters, and its halves are encoded apart,
-    as in the book. Memory is bounded by the pieces in work. Raises UserError for an empty text.
+    With a train_ratio, the first file is cut after that share of its characters and its halves are
+    encoded apart, as in the book. Memory is bounded by the pieces in work. Raises UserError for an empty text.
     """
-    counts = {"characters": 0, "tokens": 0, "train_tokens": None}
-    digest, start = hashlib.sha256(), time.perf_counter()
     bytes_total, bytes_done = sum(file.stat().st_size for file in files), 0
-
-    def encode(pieces, file):
-        """Return the first and the last piece."""
-        nonlocal bytes_done
-        edges = []
-        for piece, ids in encode_pieces(pieces, tokenizer):
-            data = ids.astype("<u2").tobytes()
-            file.write(data)
-            digest.update(data)
-            edges = [*edges[:1], piece]
-            counts["tokens"] += len(ids)
-            counts["characters"] += 0 if piece is END_OF_TEXT else len(piece)
-            if sys.stdout.isatty():
-                bytes_done += len(piece.encode())
-                rate, share = bytes_done / (time.perf_counter() - start), bytes_done / bytes_total
-                left = clock((bytes_total - bytes_done) / rate)
-                show_status(f"tokenizing: {share:.0%}, {rate / 1e6:.1f} MB/s, {left} left")
-        return edges or [""]
-
-    def encode_all(file):
-        if train_ratio is None:
-            encode(document_pieces(files), file)
-            return
-        with open_text(files[0]) as stream:
-            blocks = iter(lambda: stream.read(PIECE_CHARACTERS), "")
-            cut = int(train_ratio * sum(map(len, blocks)))
-        with open_text(files[0]) as stream:
-            before = encode(text_pieces(stream, cut), file)[-1]
-            counts["train_tokens"] = counts["tokens"]
-            after = encode(text_pieces(stream), file)[0]
-        # Where the cut went through a token, the text itself has fewer: report those.
-        texts = before + after, before, after
-        whole, *halves = (text_to_token_ids(text, tokenizer).numel() for text in texts)
-        counts["text_tokens"] = counts["tokens"] + whole - sum(halves)
-
     if bytes_total == 0:
         raise UserError(f"{files[0]} is empty: name a text with --data")
+    cut = math.inf
+    if train_ratio is not None:
+        with open_text(files[0]) as stream:
+            cut = int(train_ratio * sum(map(len, text_blocks(stream))))
+    # The cut may go through a token: then the text itself has fewer tokens than are written.
+    counts = {"characters": 0, "text_tokens": 0, "tokens": 0, "train_tokens": None}
+    digest, start = hashlib.sha256(), time.perf_counter()
     try:
-        write_whole(path, encode_all)
+        with whole_file(path) as file:
+            for texts, ids in encode_pieces(document_pieces(files, cut), tokenizer):
+                for array in ids:
+                    data = array.astype("<u2").tobytes()
+                    file.write(data)
+                    digest.update(data)
+                text_tokens = tokens = sum(map(len, ids))
+                if len(texts) == 2:
+                    counts["train_tokens"] = counts["tokens"] + len(ids[0])
+                    text_tokens = text_to_token_ids("".join(texts), tokenizer).numel()
+                counts["tokens"] += tokens
+                counts["text_tokens"] += text_tokens
+                if texts is not BETWEEN_DOCUMENTS:
+                    counts["characters"] += sum(map(len, texts))
+                if sys.stdout.isatty():
+                    bytes_done += sum(len(text.encode()) for text in texts)
+                    rate = bytes_done / (time.perf_counter() - start)
+                    left = clock(max(0, bytes_total - bytes_done) / rate)
+                    done = f"{bytes_done / bytes_total:.0%}, {rate / 1e6:.1f} MB/s, {left} left"
+                    show_status(f"tokenizing: {done}")
     except ValueError as error:
         raise UserError(
             f"tiktoken can't encode the text ({reason(error)}): shorten its longest run of blanks "
             "or of empty lines"
         ) from None
     show_status("")
-    return {"text_tokens": counts["tokens"], **counts, "sha256": digest.hexdigest()}
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 def map_token_file(path: Path) -> torch.Tensor:
@@ -914,16 +908,17 @@ def remembered(path: Path, key: dict, writes: bool, make) -> dict:
                 return kept["value"]
         if writes:
             path.unlink(missing_ok=True)
-            note = json.dumps({"key": key, "value": make()}, indent=1).encode()
-            write_whole(path, lambda file, note=note: file.write(note))
+            note = {"key": key, "value": make()}
+            with whole_file(path) as file:
+                file.write(json.dumps(note, indent=1).encode())
         else:
             time.sleep(0.2)
 
 
 def load_ids(files, path, train_ratio, tokenizer, writes):
     """Return (list of id tensors, counts, identity) of texts, tokenized to path, or token files."""
-    kinds = {file.suffix == ".bin" for file in files}
-    if len(kinds) > 1:
+    ready_made = {file.suffix == ".bin" for file in files}
+    if len(ready_made) > 1:
         raise UserError(
             f"{files[0]} and {len(files) - 1} more mix texts and token files (*.bin): give one kind"
         )
@@ -931,10 +926,10 @@ def load_ids(files, path, train_ratio, tokenizer, writes):
     stats = [(file, file.stat()) for file in files]
     sources = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
     key = {"sources": sources, "tokenizer": tokenizer.name, "train_ratio": ratio}
-    make = functools.partial(tokenize, files, path, ratio, tokenizer)
-    if kinds == {True}:
+    if ready_made == {True}:
         make = functools.partial(check_token_files, files)
     else:
+        make = functools.partial(tokenize, files, path, ratio, tokenizer)
         files = [path]
     counts = remembered(path.with_suffix(".json"), key, writes, make)
     return [map_token_file(file) for file in files], counts, counts["sha256"] or sources
@@ -956,21 +951,27 @@ def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> 
             raise UserError(f"{file} is a file that this run may write: use another --out-dir")
     ratio = None if val_data else train_ratio
     train, counts, identity = load_ids(files, path, ratio, tokenizer, writes)
-    identity, characters, tokens = [identity], counts["characters"], counts["text_tokens"]
+    parts, identity = [counts], [identity]
     if val_data:
         val, val_counts, val_identity = load_ids(val_files, val_path, None, tokenizer, writes)
+        parts.append(val_counts)
         identity.append(val_identity)
-        tokens += val_counts["text_tokens"]
-        both = characters, val_counts["characters"]
-        characters = None if None in both else sum(both)
     else:
         cut = counts["train_tokens"]
-        cut = int(train_ratio * tokens) if cut is None else cut
+        if cut is None:
+            cut = int(train_ratio * counts["text_tokens"])
         starts = itertools.accumulate(map(len, train), initial=0)
-        cuts = [(part, max(0, cut - start)) for part, start in zip(train, starts)]
-        train, val = [part[:cut] for part, cut in cuts], [part[cut:] for part, cut in cuts]
-    name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    return Corpus(name, train, val, characters, tokens, identity)
+        cuts = [(ids, max(0, cut - start)) for ids, start in zip(train, starts)]
+        train, val = [ids[:cut] for ids, cut in cuts], [ids[cut:] for ids, cut in cuts]
+    characters = [part["characters"] for part in parts]
+    return Corpus(
+        name=names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
+        train=train,
+        val=val,
+        characters=None if None in characters else sum(characters),
+        tokens=sum(part["text_tokens"] for part in parts),
+        identity=identity,
+    )
 
 
 # ------------------------------------------------------------------------------------ devices
@@ -1005,12 +1006,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(device, dtype="auto"):
-    """Return (dtype, autocast context, gradient scaler) for a dtype's name.
+def choose_precision(device, dtype="auto") -> Precision:
+    """Return the precision for a dtype's name; auto is bfloat16 on a GPU made for it, else float32.
 
-    auto is bfloat16 on a GPU made for it, else float32. Lower precision is for the products alone:
-    weights, loss and optimizer stay float32. Source: Micikevicius et al. 2018, "Mixed Precision
-    Training".
+    Source: Micikevicius et al. 2018, "Mixed Precision Training".
     """
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1018,9 +1017,24 @@ def choose_precision(device, dtype="auto"):
     dtype = getattr(torch, dtype)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where products are float32
-    precision = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return dtype, precision, scaler
+    else:
+        multiply_with_onednn()
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return Precision(
+        dtype, autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    )
+
+
+def multiply_with_onednn() -> None:
+    """Let oneDNN compute the CPU's float32 products where that keeps them float32.
+
+    "medium" permits bfloat16, which oneDNN makes use of only on a CPU with such units (AMX); on
+    others its float32 kernels are faster than MKL's. A factor that bfloat16 can't hold tells.
+    """
+    torch.set_float32_matmul_precision("medium")
+    factor = torch.full((64, 64), 1 + 2**-20)
+    if not torch.equal(F.linear(factor, torch.eye(64)), factor):
+        torch.set_float32_matmul_precision("highest")
 
 
 def be_deterministic() -> None:
@@ -1212,6 +1226,49 @@ def local_gradients(model):
         yield
 
 
+def leave_ranks(status: int) -> None:
+    """Where there are ranks, wait for all and end this process."""
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
+
+
+class WindowBatches(Sampler):
+    """The batches of an epoch, as lists of window numbers, in torch's own random order.
+
+    Draws what `DataLoader(shuffle=True)` draws, but keeps the order in 8 bytes a window.
+    With several ranks each takes its share of a batch that is world_size times as large; a share
+    that doesn't come out even goes to all, so that the mean over ranks is that of one process.
+    skip_to: where the next pass begins, once, and the random state to go on with from there.
+    """
+
+    def __init__(self, windows, batch_size, shuffle, generator=None):
+        self.windows, self.shuffle, self.generator = windows, shuffle, generator
+        self.size = batch_size * world_size()
+        # As in the book, training leaves out a last batch that isn't full.
+        self.batches = windows // self.size if shuffle else math.ceil(windows / self.size)
+        self.skip_to = 0, None
+
+    def __len__(self):
+        return self.batches
+
+    def __iter__(self):
+        order = torch.arange(self.windows)
+        if self.shuffle:
+            seed = torch.empty((), dtype=torch.int64).random_(generator=self.generator).item()
+            order = torch.randperm(self.windows, generator=torch.Generator().manual_seed(seed))
+        (first, state), self.skip_to = self.skip_to, (0, None)
+        if state is not None:
+            (self.generator or torch.default_generator).set_state(state)
+        for number in range(first, self.batches):
+            batch = order[number * self.size : (number + 1) * self.size]
+            if len(batch) % world_size() == 0:
+                batch = batch.chunk(world_size())[rank()]
+            yield batch.tolist()
+
+
 # -------------------------------------------------------------------------------- checkpoints
 
 # What may change when a run is resumed; all other settings decide its figures.
@@ -1221,18 +1278,28 @@ FREE_SETTINGS = {
 }
 
 
-def full_state(model, optimizer):
-    """Return the state dicts of the plain model and of the optimizer, whole on rank 0."""
+def full_weights(model) -> dict:
+    """Return the state dict of the plain model, whole on rank 0."""
     if not is_sharded(model):
-        return plain(model).state_dict(), optimizer.state_dict()
+        return plain(model).state_dict()
     from torch.distributed.checkpoint import state_dict as sharded
 
     options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return sharded.get_state_dict(model, optimizer, options=options)
+    return sharded.get_model_state_dict(model, options=options)
+
+
+def full_moments(model, optimizer) -> dict:
+    """Return the state dict of the optimizer, whole on rank 0."""
+    if not is_sharded(model):
+        return optimizer.state_dict()
+    from torch.distributed.checkpoint import state_dict as sharded
+
+    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return sharded.get_optimizer_state_dict(model, optimizer, options=options)
 
 
 def load_full_state(model, optimizer, weights, moments) -> None:
-    """The inverse of full_state."""
+    """The inverse of both."""
     if not is_sharded(model):
         plain(model).load_state_dict(weights)
         optimizer.load_state_dict(moments)
@@ -1305,12 +1372,14 @@ def load_model(content: dict, path: Path, device) -> GPTModel:
 class Run(Observer):
     """What surrounds the training loop: status, figures, checkpoints, interruption, resumption."""
 
-    def __init__(self, args, config, model, optimizer, scaler, device, train_loader, corpus):
-        self.args, self.config, self.device = args, config, device
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.train_loader, self.corpus = train_loader, corpus
+    def __init__(self, args, config, corpus, train_loader, model, optimizer, precision, device):
+        self.args, self.config, self.corpus = args, config, corpus
+        self.train_loader, self.model, self.optimizer = train_loader, model, optimizer
+        self.precision, self.device = precision, device
         self.folder = Path(args.out_dir)
+        self.settings = {name: value for name, value in vars(args).items() if name not in MODES}
         self.progress = Progress()
+        self.epoch_start = None  # random state that drew the current epoch's order of windows
         self.signal = 0  # the one that asked to stop
         self.evaluated = self.saving = False
         self.loss = math.nan
@@ -1319,24 +1388,32 @@ class Run(Observer):
 
     # What the loop calls
 
-    def before_step(self, progress):
-        if self.started is None:
-            self.started = time.perf_counter()
+    def before_epoch(self, progress):
+        generator = self.train_loader.generator or torch.default_generator
+        if progress.batch:  # draw the interrupted epoch's order again
+            self.train_loader.batch_sampler.skip_to = progress.batch, generator.get_state()
+            generator.set_state(self.epoch_start)
+        else:
+            self.epoch_start = generator.get_state()
+        self.started = time.perf_counter()
 
-    def on_loss(self, progress, loss):
+    def after_update(self, progress, loss):
         args, step = self.args, progress.step + 1
         show_status("")
         self.evaluated = progress.step % args.eval_freq == 0
         self.saving = bool(args.checkpoint_every) and step % args.checkpoint_every == 0
         logging = bool(args.log_freq) and step % args.log_freq == 0
+        sampling = bool(args.sample_freq) and step % args.sample_freq == 0
         epoch_ends = progress.batch == len(self.train_loader)
-        sampling = step % args.sample_freq == 0 if args.sample_freq else epoch_ends
         # Reading the loss waits for a GPU, so there it's read only before what isn't training.
-        idle = self.evaluated or self.saving or logging or sampling
+        idle = self.evaluated or self.saving or logging or sampling or epoch_ends
         if self.device.type != "cpu" and not idle:
             return
         self.loss = mean_over_ranks(loss.item())
-        self.stop_timing(progress)
+        if self.tokens_before is not None:  # a run's first steps warm up and don't count
+            self.timed_s += time.perf_counter() - self.started
+            self.timed_tokens += progress.tokens_seen - self.tokens_before
+        self.started, self.tokens_before = None, progress.tokens_seen
         if not math.isfinite(self.loss):
             raise self.diverged(f"loss is {self.loss}")
         if logging:
@@ -1345,7 +1422,7 @@ class Run(Observer):
 
     def after_step(self, progress):
         if self.evaluated:
-            self.save_losses()
+            self.save("losses.json", self.losses())
             val_losses = progress.history["val_losses"]
             if val_losses[-1] == min(val_losses):  # never true of nan
                 self.save_weights("best.pt", val_loss=val_losses[-1])
@@ -1353,16 +1430,10 @@ class Run(Observer):
             self.save_checkpoint()
         if progress.batch < len(self.train_loader) and progress.step + 1 < self.total_steps():
             self.show_progress()  # else the loop prints next
+        self.started = self.started or time.perf_counter()
         return mean_over_ranks(self.signal) > 0
 
     # Speed and time
-
-    def stop_timing(self, progress):
-        """Count the steps since before_step; the run's first ones warm up and don't count."""
-        if self.tokens_before is not None:
-            self.timed_s += time.perf_counter() - self.started
-            self.timed_tokens += progress.tokens_seen - self.tokens_before
-        self.started, self.tokens_before = None, progress.tokens_seen
 
     def tokens_per_s(self) -> float:
         return self.timed_tokens / self.timed_s if self.timed_s else math.nan
@@ -1398,15 +1469,19 @@ class Run(Observer):
 
     # Files
 
-    def save(self, name, write, is_last=False) -> None:
-        """Let write(file) fill a file, on rank 0; where that fails, warn and keep the old one.
+    def save(self, name, content, is_last=False) -> None:
+        """Save content on rank 0, as JSON or as torch does; if that fails, warn, keep the old file.
 
         Raises UserError instead if it was the run's last chance.
         """
         failure = None
         try:
             if rank() == 0:
-                write_whole(self.folder / name, write)
+                with whole_file(self.folder / name) as file:
+                    if name.endswith(".json"):
+                        file.write(json.dumps(content, indent=1).encode())
+                    else:
+                        torch.save(content, file)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
             failure = f"{self.folder / name} can't be saved ({reason(error)}), an old one is kept"
         if is_last and (failure := from_all_ranks(failure)[0]):
@@ -1414,38 +1489,35 @@ class Run(Observer):
         if failure:
             warn(f"{failure}: training goes on")
 
-    def save_losses(self):
-        settings = {name: value for name, value in vars(self.args).items() if name not in MODES}
-        content = {"config": self.config, "settings": settings, **self.progress.history}
-        self.save("losses.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+    def losses(self) -> dict:
+        return {"config": self.config, "settings": self.settings, **self.progress.history}
 
     def save_weights(self, name, is_last=False, **more):
-        weights, _ = self.finite_state()
-        content = {"config": self.config, "model": weights, **more}
-        self.save(name, functools.partial(torch.save, content), is_last)
+        weights = self.finite_weights()
+        self.save(name, {"config": self.config, "model": weights, **more}, is_last)
 
     def save_checkpoint(self, is_last=False):
         """Write all that decides how the run goes on."""
-        weights, moments = self.finite_state()
         content = {
             "config": self.config,
-            "settings": {n: value for n, value in vars(self.args).items() if n not in MODES},
-            "model": weights,
-            "optimizer": moments,
-            "scaler": self.scaler.state_dict(),
+            "settings": self.settings,
+            "model": self.finite_weights(),
+            "optimizer": full_moments(self.model, self.optimizer),
+            "scaler": self.precision.scaler.state_dict(),
             "progress": vars(self.progress),
+            "epoch_start": self.epoch_start,
             "random": from_all_ranks(random_state(self.device, self.train_loader)),
             "data": self.corpus.identity,
         }
-        self.save("checkpoint.pt", functools.partial(torch.save, content), is_last)
+        self.save("checkpoint.pt", content, is_last)
 
-    def finite_state(self):
-        """Return full_state; raise UserError before broken weights overwrite good ones."""
-        weights, moments = full_state(self.model, self.optimizer)
+    def finite_weights(self) -> dict:
+        """Return full_weights; raise UserError before broken ones overwrite good ones."""
+        weights = full_weights(self.model)
         finite = all(weight.sum().isfinite() for weight in weights.values())
         if not all(from_all_ranks(finite)):
             raise self.diverged("weights are not finite")
-        return weights, moments
+        return weights
 
     def diverged(self, what) -> UserError:
         lr = self.optimizer.param_groups[0]["lr"]
@@ -1456,43 +1528,39 @@ class Run(Observer):
         )
 
     def restore(self, content) -> None:
-        """Go on where a checkpoint left off. Raises UserError where data or ranks changed."""
-        if content["data"] != self.corpus.identity:
+        """Go on where a checkpoint left off. Raises UserError where it, data or ranks don't fit."""
+        try:
+            if content["config"] != self.config:
+                raise ValueError("its config is not the one of its settings")
+            if content["data"] != self.corpus.identity:
+                raise UserError(
+                    "the data changed since the checkpoint was written: restore it, or start anew "
+                    "with another --out-dir"
+                )
+            states, ranks = content["random"], world_size()
+            if len(states) != ranks and not self.args.resume_with_other_ranks:
+                raise UserError(
+                    f"the checkpoint was written by {len(states)} processes, this run has {ranks}: "
+                    "start as many, or add --resume-with-other-ranks (the figures will differ)"
+                )
+            load_full_state(self.model, self.optimizer, content["model"], content["optimizer"])
+            self.precision.scaler.load_state_dict(content["scaler"])
+            self.progress = Progress(**content["progress"])
+            self.epoch_start = content["epoch_start"]
+            if len(states) == ranks:
+                set_random_state(states[rank()], self.train_loader)
+            else:  # the same order of windows from the same place, but new dropout masks
+                self.progress.batch = math.ceil(self.progress.batch * len(states) / ranks)
+                order = states[0].get("loader", states[0]["cpu"])
+                (self.train_loader.generator or torch.default_generator).set_state(order)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
-                "the data changed since the checkpoint was written: restore it, or start anew with "
-                "another --out-dir"
-            )
-        states, ranks = content["random"], world_size()
-        if len(states) != ranks and not self.args.resume_with_other_ranks:
-            raise UserError(
-                f"the checkpoint was written by {len(states)} processes, this run has {ranks}: "
-                "start as many, or add --resume-with-other-ranks (the figures will differ)"
-            )
-        load_full_state(self.model, self.optimizer, content["model"], content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.progress = Progress(**content["progress"])
-        if len(states) == ranks:
-            set_random_state(states[rank()], self.train_loader)
-        else:  # the same order of windows from the same place, but new dropout masks
-            self.progress.batch = self.progress.batch * len(states) // ranks
-            order = states[0].get("loader", states[0]["cpu"])
-            (self.train_loader.generator or torch.default_generator).set_state(order)
-
-
-def resume(run, content) -> None:
-    """Let run.restore go on from a checkpoint. Raises UserError where its parts don't fit."""
-    try:
-        if content["config"] != run.config:
-            raise ValueError("its config is not the one of its settings")
-        run.restore(content)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{run.folder / 'checkpoint.pt'} doesn't hold what resuming needs ({reason(error)}): "
-            "start anew with another --out-dir"
-        ) from error
-    print(f"Resuming after step {run.progress.step:06d}")
+                f"{self.folder / 'checkpoint.pt'} doesn't hold what resuming needs "
+                f"({reason(error)}): start anew with another --out-dir"
+            ) from error
+        print(f"Resuming after step {self.progress.step:06d}")
 
 
 @contextlib.contextmanager
@@ -1554,35 +1622,6 @@ MODES = {
     *("out_dir", "resume", "resume_with_other_ranks", "sample", "checkpoint", "max_new_tokens"),
     *("temperature", "top_k", "num_samples", "eval_only", "sizing"),
 }
-
-
-def warn(message: str) -> None:
-    """Print one line on stderr, from rank 0."""
-    if rank() == 0:
-        print(f"train_gpt: warning: {' '.join(message.split())}", file=sys.stderr)
-
-
-def fail(message: str) -> None:
-    """Print one line on stderr and exit with status 2."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)  # torchrun ends this process now if rank 0, too, failed and said so
-    show_status("")
-    print(f"train_gpt: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def show_status(text: str) -> None:
-    """On a terminal, write text over the current line and leave the cursor at its start."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        sys.stdout.write(f"\r\x1b[K{text[:width]}\r")
-        sys.stdout.flush()
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def number(kind, inside, wanted):
@@ -1773,10 +1812,15 @@ def make_loaders(args, config, corpus):
     context = config["context_length"]
     # Ranks draw the order of windows from one stream, their dropout masks from different ones.
     generator = torch.Generator() if world_size() > 1 else None
-    ranks = {"rank": rank(), "world_size": world_size(), "generator": generator}
-    sizes = args.batch_size, context, args.stride or context
-    train_loader = create_dataloader_v1(corpus.train, *sizes, **ranks)
-    val_loader = create_dataloader_v1(corpus.val, *sizes, shuffle=False, drop_last=False, **ranks)
+
+    def loader(parts, shuffle):
+        sets = [GPTDatasetV1(ids, None, context, args.stride or context) for ids in parts]
+        windows = ConcatDataset(sets)  # none straddles two files
+        batches = WindowBatches(len(windows), args.batch_size, shuffle, generator)
+        pin = torch.cuda.is_available()
+        return DataLoader(windows, batch_sampler=batches, generator=generator, pin_memory=pin)
+
+    train_loader, val_loader = loader(corpus.train, True), loader(corpus.val, False)
     tokens, val_tokens = (sum(map(len, part)) for part in (corpus.train, corpus.val))
     windows, batch = len(train_loader.dataset), args.batch_size * world_size()
     if windows == 0:
@@ -1791,23 +1835,29 @@ def make_loaders(args, config, corpus):
         )
     if len(val_loader) == 0:
         warn(
-            f"the validation part has {val_tokens} tokens, but one window needs {context + 1} (on "
-            "each process): val loss will be nan, best.pt won't be written; lower --context-length or "
-            "--train-ratio"
+            f"the validation part has {val_tokens} tokens, but one window needs {context + 1}: val "
+            "loss will be nan, best.pt won't be written; lower --context-length or --train-ratio"
         )
     return train_loader, val_loader
 
 
-def make_optimizer(model, args):
-    """Return AdamW. Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"."""
+def build_model(args, config, device, train_loader):
+    """Return (model, optimizer), the same initial weights on all ranks, and seed what is drawn."""
+    torch.manual_seed(args.seed)
+    model = spread(GPTModel(config).to(device), device, args.fsdp)
     groups = [{"params": list(model.parameters())}]
     if args.decay_matrices_only:
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    # Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
+    optimizer = torch.optim.AdamW(
         groups, lr=args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=True
     )
+    if train_loader.generator:  # one stream for the order of windows, one per rank for dropout
+        train_loader.generator.set_state(torch.get_rng_state())
+        torch.manual_seed(args.seed + 1 + rank())
+    return model, optimizer
 
 
 def print_losses(model, train_loader, val_loader, device, eval_iter, precision, *titles):
@@ -1815,13 +1865,107 @@ def print_losses(model, train_loader, val_loader, device, eval_iter, precision, 
     before = random_state(device, train_loader)
     longest = max(len(train_loader), len(val_loader))
     num_batches = None if longest <= 10 * eval_iter else eval_iter
-    with precision:
+    with precision.autocast:
         losses = evaluate_model(model, train_loader, val_loader, device, num_batches)
     set_random_state(before, train_loader)
     part = f" (first {num_batches} batches; more with --eval-iter)" if num_batches else ""
     for title, loss in zip(titles, losses):
         print(f"{title}: {loss:.6f}{part}")
     return losses
+
+
+def print_setup(args, config, corpus, train_loader, val_loader, device, dtype):
+    """Print what is trained, on what, with what."""
+    parameters, processes = count_parameters(config)["total"], world_size()
+    kind = str(dtype).removeprefix("torch.")
+    ranks = f", {processes} processes" + " (FSDP)" * args.fsdp if processes > 1 else ""
+    print(f"Device: {device}, {kind}{ranks}; model: {parameters:,} parameters")
+    if device.type == "cpu" and dtype == torch.float32:
+        ratio = measure_cpu_flops(torch.bfloat16) / measure_cpu_flops(torch.float32)
+        if ratio > 1.5:
+            print(f"bfloat16 products are {ratio:.1f} times as fast here: try --dtype bfloat16")
+    print(f"Text: {corpus.name}")
+    if corpus.characters is not None:
+        print(f"Characters: {corpus.characters}")
+    print(f"Tokens: {corpus.tokens}")
+    shape = f"({args.batch_size}, {config['context_length']})"
+    print(f"Batches of {shape}: {len(train_loader)} for training, {len(val_loader)} for validation")
+
+
+def print_speed(run):
+    """Print tokens per second, utilization where the device's peak is known, and peak memory."""
+    if run.timed_s:
+        peak = peak_flops(run.device, run.precision.dtype)
+        used = run.tokens_per_s() / world_size() * flops_per_token(run.config)
+        share = f", {used / peak:.1%} of {peak / 1e12:.3g} TFLOP/s peak" if peak else ""
+        print(f"Training speed: {run.tokens_per_s():,.0f} tokens/s{share}")
+    memory = peak_memory_mb(run.device)
+    if memory:
+        print(f"Peak memory: {memory:,.0f} MB")
+
+
+def draw_losses(run) -> None:
+    """Draw the run's history into its folder and name the files there."""
+    paths = [run.folder / "loss-plot.pdf", run.folder / "loss-plot.png"]
+    names = "epochs", "tokens_seen", "train_losses", "val_losses"
+    if rank() == 0:
+        plot_losses(*(run.progress.history[name] for name in names), paths=paths, show=False)
+        files = sorted(path.name for path in run.folder.iterdir() if path.name[0] != ".")
+        print(f"Files in {run.folder}: {', '.join(files)}")
+
+
+def print_how_to_go_on(run) -> None:
+    """Print the command that resumes an interrupted run."""
+    words = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
+    torchrun = "the same torchrun command with --resume"
+    command = torchrun if dist.is_initialized() else shlex.join(words)
+    print(f"Stopped after step {run.progress.step:06d}; to go on: {command}")
+
+
+def pretrain(args, resumed, device, precision) -> int:
+    """Train as the command line says; return the exit status."""
+    with leaving_no_trace(Path(args.out_dir)):
+        config, folder = build_config(args), prepare_folder(args.out_dir)
+        join_ranks(device)
+        tokenizer = get_tokenizer()
+        writes = os.environ.get("LOCAL_RANK", "0") == "0"
+        corpus = load_corpus(args.data, args.val_data, args.train_ratio, folder, tokenizer, writes)
+        train_loader, val_loader = make_loaders(args, config, corpus)
+
+    keep_freed_memory()
+    model, optimizer = build_model(args, config, device, train_loader)
+    print_setup(args, config, corpus, train_loader, val_loader, device, precision.dtype)
+    if args.compile:
+        model = compile_model(model, args.batch_size, config, device, precision.autocast)
+    run = Run(args, config, corpus, train_loader, model, optimizer, precision, device)
+    evaluated = model, train_loader, val_loader, device, args.eval_iter, precision
+    if resumed:
+        run.restore(resumed)
+    else:
+        if (folder / "checkpoint.pt").exists():
+            warn(f"this run replaces the earlier one in {folder}; --resume would go on with it")
+        print_losses(*evaluated, "Training loss", "Validation loss")
+
+    with stopping_on_signals(run):
+        train_model_simple(
+            model, train_loader, val_loader, optimizer, device, args.epochs, args.eval_freq,
+            args.eval_iter, args.start_context, tokenizer, max_steps=args.max_steps or math.inf,
+            grad_accum_steps=args.grad_accum_steps, grad_clip=args.grad_clip,
+            lr_schedule=run.lr_schedule, sample_freq=args.sample_freq, precision=precision,
+            progress=run.progress, observer=run,
+        )  # fmt: skip
+        run.save("losses.json", run.losses())
+        run.save_checkpoint(is_last=True)
+    run.signal = max(from_all_ranks(run.signal))
+    if run.signal:
+        draw_losses(run)
+        print_how_to_go_on(run)
+        return 128 + run.signal
+    print_losses(*evaluated, "Final training loss", "Final validation loss")
+    print_speed(run)
+    run.save_weights("model.pt", is_last=True)
+    draw_losses(run)
+    return 0
 
 
 def sample_from_checkpoint(args, device, precision) -> int:
@@ -1836,7 +1980,7 @@ def sample_from_checkpoint(args, device, precision) -> int:
     for _ in range(args.num_samples):
         print(args.sample, end="", flush=True)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
-        with precision:
+        with precision.autocast:
             for next_ids in next_tokens(model, idx, args.max_new_tokens, *options):
                 token = tokenizer.decode_single_token_bytes(next_ids.item())
                 print(decoder.decode(token), end="", flush=sys.stdout.isatty())
@@ -1861,102 +2005,6 @@ def evaluate_checkpoint(args, device, precision) -> int:
     return 0
 
 
-def print_speed(run, config, device, dtype):
-    """Print tokens per second, utilization where the device's peak is known, and peak memory."""
-    if run.timed_s:
-        peak = peak_flops(device, dtype)
-        used = run.tokens_per_s() / world_size() * flops_per_token(config)
-        share = f", {used / peak:.1%} of {peak / 1e12:.3g} TFLOP/s peak" if peak else ""
-        print(f"Training speed: {run.tokens_per_s():,.0f} tokens/s{share}")
-    memory = peak_memory_mb(device)
-    if memory:
-        print(f"Peak memory: {memory:,.0f} MB")
-
-
-def print_setup(args, config, corpus, train_loader, val_loader, device, dtype):
-    """Print what is trained, on what, with what."""
-    parameters, processes = count_parameters(config)["total"], world_size()
-    kind = str(dtype).removeprefix("torch.")
-    ranks = f", {processes} processes" + " (FSDP)" * args.fsdp if processes > 1 else ""
-    print(f"Device: {device}, {kind}{ranks}; model: {parameters:,} parameters")
-    if device.type == "cpu" and dtype == torch.float32:
-        ratio = measure_cpu_flops(torch.bfloat16) / measure_cpu_flops(torch.float32)
-        if ratio > 1.5:
-            print(f"bfloat16 products are {ratio:.1f} times as fast here: try --dtype bfloat16")
-    print(f"Text: {corpus.name}")
-    if corpus.characters is not None:
-        print(f"Characters: {corpus.characters}")
-    print(f"Tokens: {corpus.tokens}")
-    shape = f"({args.batch_size}, {config['context_length']})"
-    print(f"Batches of {shape}: {len(train_loader)} for training, {len(val_loader)} for validation")
-
-
-def draw_losses(run) -> None:
-    """Draw the run's history into its folder and name the files there."""
-    paths = [run.folder / "loss-plot.pdf", run.folder / "loss-plot.png"]
-    names = "epochs", "tokens_seen", "train_losses", "val_losses"
-    if rank() == 0:
-        plot_losses(*(run.progress.history[name] for name in names), paths=paths, show=False)
-        files = sorted(path.name for path in run.folder.iterdir() if path.name[0] != ".")
-        print(f"Files in {run.folder}: {', '.join(files)}")
-
-
-def pretrain(args, resumed, device, dtype, precision, scaler) -> int:
-    """Train as the command line says; return the exit status."""
-    with leaving_no_trace(Path(args.out_dir)):
-        config, folder = build_config(args), prepare_folder(args.out_dir)
-        join_ranks(device)
-        tokenizer = get_tokenizer()
-        writes = os.environ.get("LOCAL_RANK", "0") == "0"
-        corpus = load_corpus(args.data, args.val_data, args.train_ratio, folder, tokenizer, writes)
-        train_loader, val_loader = make_loaders(args, config, corpus)
-
-    torch.manual_seed(args.seed)
-    model = spread(GPTModel(config).to(device), device, args.fsdp)
-    optimizer = make_optimizer(model, args)
-    if train_loader.generator:  # one stream for the order of windows, one per rank for dropout
-        train_loader.generator.set_state(torch.get_rng_state())
-        torch.manual_seed(args.seed + 1 + rank())
-    print_setup(args, config, corpus, train_loader, val_loader, device, dtype)
-    if args.compile:
-        model = compile_model(model, args.batch_size, config, device, precision)
-    evaluated = model, train_loader, val_loader, device
-    run = Run(args, config, model, optimizer, scaler, device, train_loader, corpus)
-    if resumed:
-        resume(run, resumed)
-    else:
-        if (folder / "checkpoint.pt").exists():
-            warn(f"this run replaces the earlier one in {folder}; --resume would go on with it")
-        print_losses(*evaluated, args.eval_iter, precision, "Training loss", "Validation loss")
-
-    with stopping_on_signals(run):
-        train_model_simple(
-            model, train_loader, val_loader, optimizer, device, args.epochs, args.eval_freq,
-            args.eval_iter, args.start_context, tokenizer, max_steps=args.max_steps or math.inf,
-            grad_accum_steps=args.grad_accum_steps, grad_clip=args.grad_clip,
-            lr_schedule=run.lr_schedule, sample_freq=args.sample_freq, precision=precision,
-            scaler=scaler, progress=run.progress, observer=run,
-        )  # fmt: skip
-        run.save_losses()
-        run.save_checkpoint(is_last=True)
-    run.signal = max(from_all_ranks(run.signal))
-    if run.signal:
-        draw_losses(run)
-        command = shlex.join(
-            ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
-        )
-        if dist.is_initialized():
-            command = "the same torchrun command with --resume"
-        print(f"Stopped after step {run.progress.step:06d}; to go on: {command}")
-        return 128 + run.signal
-    titles = "Final training loss", "Final validation loss"
-    print_losses(*evaluated, args.eval_iter, precision, *titles)
-    print_speed(run, config, device, dtype)
-    run.save_weights("model.pt", is_last=True)
-    draw_losses(run)
-    return 0
-
-
 def run_command(argv=None) -> int:
     """Train, sample or evaluate as the command line says; return the exit status."""
     # What prints survives a kill, and a terminal that lacks a character.
@@ -1965,27 +2013,22 @@ def run_command(argv=None) -> int:
     if args.sizing:
         print(sizing_table(args.sizing, tflops=989, utilization=0.4, tokens=300e9))
         return 0
-    keep_freed_memory()
     if args.deterministic:
         be_deterministic()
     device = choose_device(args.device)
-    dtype, precision, scaler = choose_precision(device, args.dtype)
+    precision = choose_precision(device, args.dtype)
     if args.sample is not None:
         return sample_from_checkpoint(args, device, precision)
     if args.eval_only:
         return evaluate_checkpoint(args, device, precision)
-    return pretrain(args, resumed, device, dtype, precision, scaler)
+    return pretrain(args, resumed, device, precision)
 
 
 def main(argv=None) -> int:
     """Do what the command line says; one line and status 2 for what the user can mend."""
     try:
         status = run_command(argv)
-        if dist.is_initialized():
-            dist.barrier()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
+        leave_ranks(status)
         return status
     except UserError as error:
         fail(str(error))
