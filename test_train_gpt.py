@@ -66,7 +66,9 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def all_cores(workplace):
+    """All cores, and products computed as the command computes them."""
     torch.set_num_threads(os.cpu_count())
+    train_gpt.choose_precision(torch.device("cpu"), "float32")
 
 
 def words(*arguments):
@@ -295,16 +297,24 @@ def test_loader_has_the_published_signature_and_batches():
     assert torch.equal(flat, torch.tensor(TOKENIZER.encode(TEXT))[: len(flat)])
 
 
-def test_shuffling_loader_yields_each_window_once_in_torchs_order():
-    dataset = GPTDatasetV1(TEXT, TOKENIZER, 8, 8)
-    reference = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True, drop_last=True)
-    loader = create_dataloader_v1(TEXT, 4, 8, 8)
-    orders = []
-    for each in (reference, loader):
-        torch.manual_seed(5)
-        orders.append([x.tolist() for _ in range(2) for x, _ in each])
-    assert orders[0] == orders[1]
-    assert orders[0][: len(loader)] != orders[0][len(loader) :]
+def test_command_trains_exactly_as_the_functions_do():
+    """Its loader, made for ranks and for resuming, draws what the book's DataLoader draws."""
+    by_command = train("--data text.txt --batch-size 4 --epochs 2 --eval-freq 3")
+    cut = int(0.9 * len(TEXT))
+    train_loader, val_loader = (
+        create_dataloader_v1(part, 4, 8, 8, shuffle=is_train, drop_last=is_train)
+        for part, is_train in ((TEXT[:cut], True), (TEXT[cut:], False))
+    )
+    torch.manual_seed(123)
+    sizes = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "context_length": 8}
+    model = GPTModel({**GPT_CONFIG_124M, **sizes})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused=True)
+    losses = train_model_simple(
+        model, train_loader, val_loader, optimizer, "cpu", num_epochs=2, eval_freq=3, eval_iter=5,
+        start_context="Every effort moves you", tokenizer=TOKENIZER,
+    )  # fmt: skip
+    names = "train_losses", "val_losses", "tokens_seen"
+    assert losses == tuple(by_command[name] for name in names)
 
 
 def test_shapes_of_the_modules():
@@ -373,6 +383,12 @@ def test_evaluation_has_no_dropout_and_leaves_mode_and_gradients_as_they_were(tr
         torch.equal(p.grad, old) for p, old in zip(model.parameters(), gradients, strict=True)
     )
     assert calc_loss_batch(batch, batch, model, "cpu").requires_grad
+
+
+def test_float32_products_keep_their_precision():
+    train_gpt.choose_precision(torch.device("cpu"), "float32")
+    factors = torch.full((256, 768), 1 + 2**-20)  # bfloat16 would round it to 1
+    assert torch.equal(nn.functional.linear(factors, torch.eye(768)), factors)
 
 
 def test_bfloat16_autocast_is_close_to_float32():
@@ -783,6 +799,12 @@ class Server(BaseHTTPRequestHandler):
         self.send_header("Location", "/circle")
         self.send_header("Content-Length", str(len(body) * (2 if self.path == "/half" else 1)))
         self.end_headers()
+        if self.path in ("/stall", "/trickle"):
+            body = body[:99]
+            for _ in range(30 * (self.path == "/trickle")):
+                self.wfile.write(b"x")
+                time.sleep(0.1)
+            time.sleep(2 * (self.path == "/stall"))
         self.wfile.write(body)
 
     def log_message(self, *arguments):
@@ -797,8 +819,12 @@ def server():
         server.shutdown()
 
 
-@pytest.mark.parametrize("path", ["404", "500", "half", "circle", "empty", "bytes"])
-def test_failing_download_is_refused_and_leaves_nothing(server, path, capsys):
+FAILURES = ["404", "500", "half", "stall", "trickle", "circle", "empty", "bytes"]
+
+
+@pytest.mark.parametrize("path", FAILURES)
+def test_failing_download_is_refused_and_leaves_nothing(server, path, capsys, monkeypatch):
+    monkeypatch.setattr(train_gpt, "DOWNLOAD_TIMEOUT_S", 1)
     assert path in refused(capsys, f"--data {server}/{path}")
     assert contents("out") == {}
 
@@ -906,9 +932,10 @@ def test_folder_that_cannot_be_written_is_refused_before_training(capsys):
 
 # ---------------------------------------------------------------------------- runs that survive
 
+KILLS = int(os.environ.get("KILLS", "3"))
 # With dropout, groups of batches that don't come out even, and another rate at each step.
 LONG = (
-    f"{SIZES} --data text.txt --epochs 3 --batch-size 4 --grad-accum-steps 3 --lr-schedule cosine "
+    f"{SIZES} --data text.txt --epochs {KILLS} --batch-size 4 --grad-accum-steps 3 --lr-schedule cosine "
     "--warmup-steps 3 --checkpoint-every 1 --eval-freq 4 --sample-freq 5"
 )
 
@@ -943,6 +970,7 @@ def test_signal_stops_the_run_and_the_printed_command_goes_on(number, status, un
     process = start(SCRIPT, LONG)
     before = output_until(process, r"Ep 1 \(Step 000004\)")
     assert read_losses("out")["steps"][0] == 0  # written while the run goes on
+    time.sleep(random.Random(number).uniform(0, 0.1))
     process.send_signal(number)
     returned, out, err = finish(process)
     assert returned == status and "Traceback" not in err
@@ -957,8 +985,9 @@ def test_signal_stops_the_run_and_the_printed_command_goes_on(number, status, un
 
 @needs_posix
 def test_kill_9_at_random_moments_loses_nothing(undisturbed):
+    """The environment variable KILLS sets how many; the run gets longer with it."""
     moments, killed = random.Random(1), 0
-    for _ in range(3):
+    for _ in range(KILLS):
         resume = "--resume" if Path("out/checkpoint.pt").exists() else ""
         process = start(SCRIPT, LONG, resume)
         output_until(process, "Resuming" if resume else "Ep 1")

@@ -716,6 +716,7 @@ def find_sources(names: list[str], folder: Path, writes: bool) -> list[Path]:
     """
     files = []
     for name in names:
+        path = Path(name)
         if re.match(r"https?://", name):
             digest = hashlib.sha256(name.encode()).hexdigest()[:8]
             path = folder / f"download-{digest}-{Path(urlsplit(name).path).name or 'index'}"
@@ -728,18 +729,15 @@ def find_sources(names: list[str], folder: Path, writes: bool) -> list[Path]:
                         "download it yourself and name the file"
                     ) from None
             found = [path]
-        elif name and Path(name).is_dir():
-            found = sorted(Path(name).rglob("*.txt"))
-        elif name and Path(name).exists():
-            found = [Path(name)]
+        elif path.is_file():
+            found = [path]
+        elif name and path.is_dir():
+            found = sorted(path.rglob("*.txt"))
         else:
             found = map(Path, sorted(glob.glob(name, recursive=True)))
         found = [path for path in found if path.is_file()]
         if not found:
-            raise UserError(
-                f"{name or 'the empty name'} is no file, no folder with *.txt files and no pattern "
-                "of files: check it"
-            )
+            raise UserError(f"{name!r} is no file, folder of *.txt files or pattern: check it")
         files += found
     return files
 
@@ -842,10 +840,8 @@ def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer
                     done = f"{bytes_done / bytes_total:.0%}, {rate / 1e6:.1f} MB/s, {left} left"
                     show_status(f"tokenizing: {done}")
     except ValueError as error:
-        raise UserError(
-            f"tiktoken can't encode the text ({reason(error)}): shorten its longest run of blanks "
-            "or of empty lines"
-        ) from None
+        message = f"tiktoken can't encode the text ({reason(error)}): shorten its runs of blanks"
+        raise UserError(message) from None
     show_status("")
     return {**counts, "sha256": digest.hexdigest()}
 
@@ -869,8 +865,7 @@ def map_token_file(path: Path) -> torch.Tensor:
                 ids = ids[512:]
                 if (version, count) != (1, len(ids)):
                     raise UserError(
-                        f"{path} announces {count} ids (version {version}) but holds {len(ids)}: "
-                        "it was cut, or is of another kind"
+                        f"{path} announces {count} ids (version {version}), holds {len(ids)}: was it cut?"
                     )
     return ids
 
@@ -887,8 +882,7 @@ def check_token_files(files: list[Path]) -> dict:
                 largest = torch.frombuffer(bytearray(block), dtype=torch.uint16).int().max()
                 if largest > END_OF_TEXT_ID:
                     raise UserError(
-                        f"{path} holds the id {largest}, beyond GPT-2's vocabulary of 50257: it is "
-                        "no file of uint16 GPT-2 ids"
+                        f"{path} holds the id {largest}, so it is no file of GPT-2 ids (up to 50256)"
                     )
     nothing = dict.fromkeys(("characters", "tokens", "train_tokens", "sha256"))
     return {**nothing, "text_tokens": tokens}  # "tokens" counts a file that this script wrote
@@ -1026,14 +1020,15 @@ def choose_precision(device, dtype="auto") -> Precision:
 
 
 def multiply_with_onednn() -> None:
-    """Let oneDNN compute the CPU's float32 products where that keeps them float32.
+    """Let oneDNN compute the CPU's float32 products wherever that keeps them float32.
 
-    "medium" permits bfloat16, which oneDNN makes use of only on a CPU with such units (AMX); on
-    others its float32 kernels are faster than MKL's. A factor that bfloat16 can't hold tells.
+    "medium" permits bfloat16, which oneDNN makes use of where a CPU has units for such products of
+    float32 matrices (AMX); on others its float32 kernels are faster than MKL's. A factor that
+    bfloat16 can't hold, in a product of the model's size, tells which.
     """
     torch.set_float32_matmul_precision("medium")
-    factor = torch.full((64, 64), 1 + 2**-20)
-    if not torch.equal(F.linear(factor, torch.eye(64)), factor):
+    factors = torch.full((512, 768), 1 + 2**-20)
+    if not torch.equal(F.linear(factors, torch.eye(768)), factors):
         torch.set_float32_matmul_precision("highest")
 
 
@@ -1109,7 +1104,7 @@ def compile_model(model, batch_size, config, device, precision):
     tokens = torch.zeros(batch_size, config["context_length"], dtype=torch.int64)
     try:
         with torch.random.fork_rng():
-            with precision:
+            with precision.autocast:
                 loss = calc_loss_batch(tokens, tokens, compiled, device)
             loss.backward()
     except (RuntimeError, ImportError, OSError) as error:  # torch's compilers, Triton, a C++ one
@@ -1182,22 +1177,23 @@ def from_all_ranks(value) -> list:
 
 
 def spread(model, device, fsdp: bool):
-    """Return the model, ready to train on all ranks: copied to each, or sharded over them (FSDP2).
+    """Return the model on its device, copied to all ranks or sharded over them (FSDP2).
 
     Sources: Li et al. 2020, "PyTorch Distributed"; Zhao et al. 2023, "PyTorch FSDP".
     """
     if not dist.is_initialized():
-        return model
-    if fsdp:
-        from torch.distributed.fsdp import fully_shard
+        return model.to(device)
+    if not fsdp:
+        devices = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            model.to(device), device_ids=devices, gradient_as_bucket_view=True
+        )
+    from torch.distributed.fsdp import fully_shard
 
-        for block in model.trf_blocks:
-            fully_shard(block)
-        return fully_shard(model)
-    devices = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True
-    )
+    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    for part in (*model.trf_blocks, model):  # each moves to the device by itself
+        fully_shard(part, mesh=mesh)
+    return model
 
 
 def plain(model):
@@ -1278,36 +1274,22 @@ FREE_SETTINGS = {
 }
 
 
-def full_weights(model) -> dict:
-    """Return the state dict of the plain model, whole on rank 0."""
-    if not is_sharded(model):
-        return plain(model).state_dict()
-    from torch.distributed.checkpoint import state_dict as sharded
+def full_state(model, optimizer=None) -> dict:
+    """Return the state dict of the plain model, or of its optimizer, whole on rank 0."""
+    from torch.distributed.checkpoint import state_dict as states
 
-    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return sharded.get_model_state_dict(model, options=options)
-
-
-def full_moments(model, optimizer) -> dict:
-    """Return the state dict of the optimizer, whole on rank 0."""
-    if not is_sharded(model):
-        return optimizer.state_dict()
-    from torch.distributed.checkpoint import state_dict as sharded
-
-    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return sharded.get_optimizer_state_dict(model, optimizer, options=options)
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if optimizer:
+        return states.get_optimizer_state_dict(model, optimizer, options=options)
+    return states.get_model_state_dict(model, options=options)
 
 
 def load_full_state(model, optimizer, weights, moments) -> None:
-    """The inverse of both."""
-    if not is_sharded(model):
-        plain(model).load_state_dict(weights)
-        optimizer.load_state_dict(moments)
-        return
-    from torch.distributed.checkpoint import state_dict as sharded
+    """The inverse of full_state, for any number of ranks, copied or sharded."""
+    from torch.distributed.checkpoint import state_dict as states
 
-    options = sharded.StateDictOptions(full_state_dict=True)
-    sharded.set_state_dict(
+    options = states.StateDictOptions(full_state_dict=True)
+    states.set_state_dict(
         model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
     )
 
@@ -1344,14 +1326,13 @@ def load_checkpoint(path: Path) -> dict:
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if set(content["config"]) != set(GPT_CONFIG_124M) or not isinstance(content["model"], dict):
-            raise ValueError("its config is another")
+        if set(content["config"]) != set(GPT_CONFIG_124M) or not content["model"]:
+            raise ValueError("it lacks a config or weights")
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: check --checkpoint or --out-dir") from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds more than tensors and plain values, so that loading it could run code: "
-            "refused"
+            f"{path} is refused: it holds more than tensors and plain values, so it could run code"
         ) from None
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no whole checkpoint of this script ({reason(error)})") from None
@@ -1502,7 +1483,7 @@ class Run(Observer):
             "config": self.config,
             "settings": self.settings,
             "model": self.finite_weights(),
-            "optimizer": full_moments(self.model, self.optimizer),
+            "optimizer": full_state(self.model, self.optimizer),
             "scaler": self.precision.scaler.state_dict(),
             "progress": vars(self.progress),
             "epoch_start": self.epoch_start,
@@ -1512,8 +1493,8 @@ class Run(Observer):
         self.save("checkpoint.pt", content, is_last)
 
     def finite_weights(self) -> dict:
-        """Return full_weights; raise UserError before broken ones overwrite good ones."""
-        weights = full_weights(self.model)
+        """Return the plain model's; raise UserError before broken ones overwrite good ones."""
+        weights = full_state(self.model)
         finite = all(weight.sum().isfinite() for weight in weights.values())
         if not all(from_all_ranks(finite)):
             raise self.diverged("weights are not finite")
@@ -1775,18 +1756,9 @@ def build_config(args) -> dict:
         config[name] = config[name] if value is None else value
     if config["emb_dim"] % config["n_heads"]:
         raise UserError(
-            f"--emb-dim {config['emb_dim']} is not divisible by --n-heads {config['n_heads']}: "
-            "change one of them"
+            f"--emb-dim {config['emb_dim']} must be divisible by --n-heads {config['n_heads']}"
         )
     return config
-
-
-def prepare_folder(name: str) -> Path:
-    """Return the output folder, made if need be. Raises OSError where it can't be written."""
-    folder = Path(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-    return folder
 
 
 @contextlib.contextmanager
@@ -1841,10 +1813,27 @@ def make_loaders(args, config, corpus):
     return train_loader, val_loader
 
 
-def build_model(args, config, device, train_loader):
-    """Return (model, optimizer), the same initial weights on all ranks, and seed what is drawn."""
+def prepare_data(args, device):
+    """Return (config, corpus, train_loader, val_loader), or raise and leave nothing behind."""
+    folder = Path(args.out_dir)
+    with leaving_no_trace(folder):
+        config = build_config(args)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # raises where it can't be written
+        join_ranks(device)
+        writes = os.environ.get("LOCAL_RANK", "0") == "0"
+        sources = args.data, args.val_data, args.train_ratio
+        corpus = load_corpus(*sources, folder, get_tokenizer(), writes)
+        loaders = make_loaders(args, config, corpus)
+    if (folder / "checkpoint.pt").exists() and not args.resume:
+        warn(f"this run replaces the earlier one in {folder}; --resume would go on with it")
+    return config, corpus, *loaders
+
+
+def build_model(args, config, device, precision, train_loader):
+    """Return (model, optimizer), with the same initial weights on all ranks; seed all draws."""
     torch.manual_seed(args.seed)
-    model = spread(GPTModel(config).to(device), device, args.fsdp)
+    model = spread(GPTModel(config), device, args.fsdp)
     groups = [{"params": list(model.parameters())}]
     if args.decay_matrices_only:
         matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -1857,6 +1846,8 @@ def build_model(args, config, device, train_loader):
     if train_loader.generator:  # one stream for the order of windows, one per rank for dropout
         train_loader.generator.set_state(torch.get_rng_state())
         torch.manual_seed(args.seed + 1 + rank())
+    if args.compile:
+        model = compile_model(model, args.batch_size, config, device, precision)
     return model, optimizer
 
 
@@ -1874,13 +1865,14 @@ def print_losses(model, train_loader, val_loader, device, eval_iter, precision, 
     return losses
 
 
-def print_setup(args, config, corpus, train_loader, val_loader, device, dtype):
+def print_setup(run, val_loader):
     """Print what is trained, on what, with what."""
-    parameters, processes = count_parameters(config)["total"], world_size()
+    args, corpus, dtype = run.args, run.corpus, run.precision.dtype
+    parameters, processes = count_parameters(run.config)["total"], world_size()
     kind = str(dtype).removeprefix("torch.")
     ranks = f", {processes} processes" + " (FSDP)" * args.fsdp if processes > 1 else ""
-    print(f"Device: {device}, {kind}{ranks}; model: {parameters:,} parameters")
-    if device.type == "cpu" and dtype == torch.float32:
+    print(f"Device: {run.device}, {kind}{ranks}; model: {parameters:,} parameters")
+    if run.device.type == "cpu" and dtype == torch.float32:
         ratio = measure_cpu_flops(torch.bfloat16) / measure_cpu_flops(torch.float32)
         if ratio > 1.5:
             print(f"bfloat16 products are {ratio:.1f} times as fast here: try --dtype bfloat16")
@@ -1888,8 +1880,9 @@ def print_setup(args, config, corpus, train_loader, val_loader, device, dtype):
     if corpus.characters is not None:
         print(f"Characters: {corpus.characters}")
     print(f"Tokens: {corpus.tokens}")
-    shape = f"({args.batch_size}, {config['context_length']})"
-    print(f"Batches of {shape}: {len(train_loader)} for training, {len(val_loader)} for validation")
+    shape = args.batch_size, run.config["context_length"]
+    counts = f"{len(run.train_loader)} for training, {len(val_loader)} for validation"
+    print(f"Batches of {shape}: {counts}")
 
 
 def print_speed(run):
@@ -1924,26 +1917,16 @@ def print_how_to_go_on(run) -> None:
 
 def pretrain(args, resumed, device, precision) -> int:
     """Train as the command line says; return the exit status."""
-    with leaving_no_trace(Path(args.out_dir)):
-        config, folder = build_config(args), prepare_folder(args.out_dir)
-        join_ranks(device)
-        tokenizer = get_tokenizer()
-        writes = os.environ.get("LOCAL_RANK", "0") == "0"
-        corpus = load_corpus(args.data, args.val_data, args.train_ratio, folder, tokenizer, writes)
-        train_loader, val_loader = make_loaders(args, config, corpus)
-
+    config, corpus, train_loader, val_loader = prepare_data(args, device)
+    tokenizer = get_tokenizer()
     keep_freed_memory()
-    model, optimizer = build_model(args, config, device, train_loader)
-    print_setup(args, config, corpus, train_loader, val_loader, device, precision.dtype)
-    if args.compile:
-        model = compile_model(model, args.batch_size, config, device, precision.autocast)
+    model, optimizer = build_model(args, config, device, precision, train_loader)
     run = Run(args, config, corpus, train_loader, model, optimizer, precision, device)
     evaluated = model, train_loader, val_loader, device, args.eval_iter, precision
+    print_setup(run, val_loader)
     if resumed:
         run.restore(resumed)
     else:
-        if (folder / "checkpoint.pt").exists():
-            warn(f"this run replaces the earlier one in {folder}; --resume would go on with it")
         print_losses(*evaluated, "Training loss", "Validation loss")
 
     with stopping_on_signals(run):
@@ -1957,14 +1940,14 @@ def pretrain(args, resumed, device, precision) -> int:
         run.save("losses.json", run.losses())
         run.save_checkpoint(is_last=True)
     run.signal = max(from_all_ranks(run.signal))
+    if not run.signal:
+        print_losses(*evaluated, "Final training loss", "Final validation loss")
+        print_speed(run)
+        run.save_weights("model.pt", is_last=True)
+    draw_losses(run)
     if run.signal:
-        draw_losses(run)
         print_how_to_go_on(run)
         return 128 + run.signal
-    print_losses(*evaluated, "Final training loss", "Final validation loss")
-    print_speed(run)
-    run.save_weights("model.pt", is_last=True)
-    draw_losses(run)
     return 0
 
 

@@ -38,19 +38,19 @@ def contestant(side, dtype, nanogpt):
     import torch
     import torch.nn.functional as F
 
-    precision = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     if side == "train_gpt":
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         import train_gpt
 
         train_gpt.keep_freed_memory()
-        _, precision, scaler = train_gpt.choose_precision(torch.device("cpu"), dtype)
+        precision = train_gpt.choose_precision(torch.device("cpu"), dtype)
         model = train_gpt.GPTModel(train_gpt.GPT_CONFIG_124M)
         optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused=True)
 
         def train(inputs, targets):
             batch = [(inputs, targets)]
-            train_gpt.train_step(model, batch, optimizer, "cpu", precision, scaler)
+            train_gpt.train_step(model, batch, optimizer, "cpu", precision)
 
         def loss_of(inputs, targets):
             return train_gpt.calc_loss_batch(inputs, targets, model, "cpu")
@@ -59,16 +59,8 @@ def contestant(side, dtype, nanogpt):
             from llms_from_scratch.ch04 import GPTModel
             from llms_from_scratch.ch05 import calc_loss_batch
 
-            model = GPTModel(
-                {
-                    "vocab_size": 50257,
-                    "context_length": 256,
-                    "emb_dim": 768,
-                    "n_heads": 12,
-                    "n_layers": 12,
-                }
-                | {"drop_rate": 0.1, "qkv_bias": False}
-            )
+            sizes = {"vocab_size": 50257, "context_length": 256, "emb_dim": 768, "n_heads": 12}
+            model = GPTModel({**sizes, "n_layers": 12, "drop_rate": 0.1, "qkv_bias": False})
             optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
 
             def loss_of(inputs, targets):
@@ -94,14 +86,14 @@ def contestant(side, dtype, nanogpt):
 
         def train(inputs, targets):
             optimizer.zero_grad()
-            with precision:
+            with autocast:
                 loss = loss_of(inputs, targets)
             loss.backward()
             optimizer.step()
 
     def evaluate(batches):
         model.eval()
-        with torch.no_grad(), precision:
+        with torch.no_grad(), autocast:
             return [loss_of(*batch).item() for batch in batches]
 
     model.train()
