@@ -13,10 +13,11 @@ Sections, in reading order:
     dataset           text -> token ids -> windows -> batches
     model             attention, transformer block, GPTModel
     loss              one batch, one loader
-    training loop     one step, one epoch, the run
+    training loop     one step, the run
     evaluation        both losses, dropout off
     sampling          greedy, temperature and top-k, key/value cache
     ---- a reader of the chapter can stop here ----
+    messages          one-line errors, the status line
     corpora           files, downloads, token files larger than memory
     devices           precision, speed, utilization, sizing
     ranks             many devices through torch.distributed
@@ -54,9 +55,9 @@ import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from typing import NamedTuple, NoReturn
 
 import tiktoken
 import torch
@@ -159,7 +160,7 @@ def create_dataloader_v1(
 ) -> DataLoader:
     """Return a loader of (input, target) batches, int64 `[batch_size, max_length]` each.
 
-    txt: a text, or its token ids as a 1-D tensor. drop_last leaves out a last batch that isn't full.
+    txt: a text, or its token ids as a 1-D tensor. drop_last: leave out a last partial batch.
     """
     dataset = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
     return DataLoader(
@@ -275,10 +276,10 @@ class GPTModel(nn.Module):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy in the memory of its logits, the largest tensor of a training step.
+    """F.cross_entropy whose backward pass needs no memory: the gradient replaces the log-softmax.
 
-    logits: float32 `[tokens, vocab]`, overwritten by their log-softmax and then by their gradient;
-    targets: `[tokens]`, ignored where -100.
+    logits: float32 `[tokens, vocab]`, the largest tensor of a training step; targets: `[tokens]`,
+    ignored where -100.
     """
 
     @staticmethod
@@ -301,8 +302,8 @@ def calc_loss_batch(input_batch, target_batch, model, device):
 
     input_batch, target_batch: token ids `[batch, tokens]`. Computed in float32 at any precision.
     """
-    input_batch = input_batch.to(device, non_blocking=True)
-    target_batch = target_batch.to(device, non_blocking=True)
+    input_batch = input_batch.to(device, non_blocking=input_batch.is_pinned())
+    target_batch = target_batch.to(device, non_blocking=target_batch.is_pinned())
     logits = model(input_batch)
     return CrossEntropy.apply(logits.flatten(0, 1).float(), target_batch.flatten())
 
@@ -313,8 +314,8 @@ def calc_loss_loader(data_loader, model, device, num_batches=None) -> float:
     An empty loader gives nan.
     """
     batches = itertools.islice(data_loader, num_batches)
-    losses = [calc_loss_batch(x, y, model, device).item() for x, y in batches]
-    return sum(losses) / len(losses) if losses else math.nan
+    losses = [calc_loss_batch(x, y, model, device).detach() for x, y in batches]
+    return sum(torch.stack(losses).tolist()) / len(losses) if losses else math.nan
 
 
 # ------------------------------------------------------------------------------ training loop
@@ -378,11 +379,11 @@ def train_step(model, batches, optimizer, device, precision=FLOAT32, grad_clip=N
     total_tokens = sum(input_batch.numel() for input_batch, _ in batches)
     losses = []
     for number, (input_batch, target_batch) in enumerate(batches, start=1):
-        with contextlib.nullcontext() if number == len(batches) else local_gradients(model):
-            with precision.autocast:
-                loss = calc_loss_batch(input_batch, target_batch, model, device)
-                loss = loss * (input_batch.numel() / total_tokens)
-            precision.scaler.scale(loss).backward()
+        average_gradients(model, number == len(batches))
+        with precision.autocast:
+            loss = calc_loss_batch(input_batch, target_batch, model, device)
+            loss = loss * (input_batch.numel() / total_tokens)
+        precision.scaler.scale(loss).backward()
         losses.append(loss.detach())
     if grad_clip:
         precision.scaler.unscale_(optimizer)
@@ -409,10 +410,9 @@ def train_model_simple(
 
     Returns (train_losses, val_losses, track_tokens_seen), one entry per evaluation.
 
-    eval_iter: batches per loader and evaluation. max_steps, grad_accum_steps, sample_freq count
-    optimizer steps, batches per step, steps between samples (default: one after each epoch).
-    lr_schedule: function of the step. progress: where to begin, kept up to date. observer: told of
-    each step.
+    eval_iter: batches per loader and evaluation. max_steps: optimizer steps after which to stop.
+    grad_accum_steps: batches per optimizer step. sample_freq: steps between samples. lr_schedule:
+    function of the step. progress: where to begin, kept up to date. observer: told of each step.
     """
     progress = progress or Progress()
     observer = observer or Observer()
@@ -599,7 +599,7 @@ def warn(message: str) -> None:
         print(f"train_gpt: warning: {' '.join(message.split())}", file=sys.stderr)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print one line on stderr and exit with status 2."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # torchrun ends this process now if rank 0, too, failed and said so
@@ -617,8 +617,7 @@ def show_status(text: str) -> None:
 
 def clock(seconds: float) -> str:
     """Return a duration as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    return str(timedelta(seconds=round(seconds)))
 
 
 # ------------------------------------------------------------------------------------ corpora
@@ -719,7 +718,7 @@ def find_sources(names: list[str], folder: Path, writes: bool) -> list[Path]:
         path = Path(name)
         if re.match(r"https?://", name):
             digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-            path = folder / f"download-{digest}-{Path(urlsplit(name).path).name or 'index'}"
+            path = folder / f"download-{digest}-{Path(re.split('[?#]', name)[0]).name}"
             while not path.exists():
                 try:
                     download(name, path) if writes else time.sleep(0.2)
@@ -806,7 +805,7 @@ def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer
     """Write the token ids of text files to path, as raw little-endian uint16; return the counts.
 
     With a train_ratio, the first file is cut after that share of its characters and its halves are
-    encoded apart, as in the book. Memory is bounded by the pieces in work. Raises UserError for an empty text.
+    encoded apart, as in the book. Memory is bounded by the pieces in work. Raises UserError.
     """
     bytes_total, bytes_done = sum(file.stat().st_size for file in files), 0
     if bytes_total == 0:
@@ -865,7 +864,7 @@ def map_token_file(path: Path) -> torch.Tensor:
                 ids = ids[512:]
                 if (version, count) != (1, len(ids)):
                     raise UserError(
-                        f"{path} announces {count} ids (version {version}), holds {len(ids)}: was it cut?"
+                        f"{path} announces {count} ids (version {version}), has {len(ids)}: cut?"
                     )
     return ids
 
@@ -882,7 +881,7 @@ def check_token_files(files: list[Path]) -> dict:
                 largest = torch.frombuffer(bytearray(block), dtype=torch.uint16).int().max()
                 if largest > END_OF_TEXT_ID:
                     raise UserError(
-                        f"{path} holds the id {largest}, so it is no file of GPT-2 ids (up to 50256)"
+                        f"{path} holds the id {largest}: it is no file of GPT-2 ids, up to 50256"
                     )
     nothing = dict.fromkeys(("characters", "tokens", "train_tokens", "sha256"))
     return {**nothing, "text_tokens": tokens}  # "tokens" counts a file that this script wrote
@@ -984,39 +983,44 @@ PEAK_FLOPS = {
 
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is cuda, else mps, else cpu. Raises UserError."""
+    ranks = "RANK" in os.environ
+    mps = torch.backends.mps.is_available() and not ranks  # Gloo can't reach its memory
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(mps), "cpu": 1}
+    if ranks and name.startswith("cuda:"):
+        raise UserError(f"each process needs a device of its own: use --device cuda, not {name}")
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = next(kind for kind, count in counts.items() if count)
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9][0-9]?))?", name):
+    if not re.fullmatch(r"cpu|mps|cuda:(0|[1-9][0-9]?)", name):
         raise UserError(f"unknown device {name}: use auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("this machine has no mps device: use --device cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"there is no device {name}, torch sees {count} CUDA devices: use another")
+    if (device.index or 0) >= counts[device.type]:
+        raise UserError(f"there is no device {name} for this run: use --device cpu or auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
 def choose_precision(device, dtype="auto") -> Precision:
     """Return the precision for a dtype's name; auto is bfloat16 on a GPU made for it, else float32.
 
-    Source: Micikevicius et al. 2018, "Mixed Precision Training".
+    Raises UserError. Source: Micikevicius et al. 2018, "Mixed Precision Training".
     """
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if fast else "float32"
-    dtype = getattr(torch, dtype)
+    if (device.type, dtype) == ("mps", "float16"):  # its AdamW ignores the scaler
+        raise UserError("--dtype float16 doesn't train on mps: use bfloat16 or float32")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where products are float32
-    else:
+    elif device.type == "cpu":
         multiply_with_onednn()
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return Precision(
-        dtype, autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    )
+    if dtype == "float32":
+        return FLOAT32
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    dtype = getattr(torch, dtype)
+    return Precision(dtype, torch.autocast(device.type, dtype=dtype), scaler)
 
 
 def multiply_with_onednn() -> None:
@@ -1093,17 +1097,17 @@ def peak_memory_mb(device) -> float | None:
 
 
 def is_out_of_memory(error) -> bool:
-    """Tell whether memory ran out: Python's, a device's, or, by torch's words for it, the CPU's."""
-    kinds = MemoryError, torch.OutOfMemoryError
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    """Tell whether memory ran out: Python's, or, by torch's words for it, the CPU's or a GPU's."""
+    said = re.search("out of memory|can't allocate memory", str(error))
+    return bool(said) or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def compile_model(model, batch_size, config, device, precision):
     """Return torch.compile's model, tried on one batch, or, with a warning, the model as it was."""
-    compiled = torch.compile(model)
     tokens = torch.zeros(batch_size, config["context_length"], dtype=torch.int64)
     try:
-        with torch.random.fork_rng():
+        compiled = torch.compile(model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             with precision.autocast:
                 loss = calc_loss_batch(tokens, tokens, compiled, device)
             loss.backward()
@@ -1150,8 +1154,6 @@ def rank() -> int:
 
 def join_ranks(device) -> None:
     """Where torchrun started this process, meet the others; all but rank 0 fall silent."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -1208,18 +1210,12 @@ def is_sharded(model) -> bool:
     return hasattr(model, "unshard")
 
 
-@contextlib.contextmanager
-def local_gradients(model):
-    """Let backward passes sum up gradients on each rank; a later one averages them over ranks."""
-    if hasattr(model, "no_sync"):  # DistributedDataParallel
-        with model.no_sync():
-            yield
-    elif is_sharded(model):
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-    else:
-        yield
+def average_gradients(model, wanted: bool) -> None:
+    """Say whether the next pass averages gradients over ranks or only sums them up on each."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(wanted)
+    elif dist.is_initialized():  # what DistributedDataParallel.no_sync() sets
+        getattr(model, "_orig_mod", model).require_backward_grad_sync = wanted
 
 
 def leave_ranks(status: int) -> None:
@@ -1251,10 +1247,11 @@ class WindowBatches(Sampler):
         return self.batches
 
     def __iter__(self):
-        order = torch.arange(self.windows)
         if self.shuffle:
             seed = torch.empty((), dtype=torch.int64).random_(generator=self.generator).item()
             order = torch.randperm(self.windows, generator=torch.Generator().manual_seed(seed))
+        else:
+            order = torch.arange(self.windows)
         (first, state), self.skip_to = self.skip_to, (0, None)
         if state is not None:
             (self.generator or torch.default_generator).set_state(state)
@@ -1267,7 +1264,7 @@ class WindowBatches(Sampler):
 
 # -------------------------------------------------------------------------------- checkpoints
 
-# What may change when a run is resumed; all other settings decide its figures.
+# What may change when a run is resumed; with another value, the figures may differ, too.
 FREE_SETTINGS = {
     *("epochs", "max_steps", "eval_freq", "sample_freq", "log_freq", "checkpoint_every"),
     *("device", "compile", "deterministic"),
@@ -1297,19 +1294,18 @@ def load_full_state(model, optimizer, weights, moments) -> None:
 def random_state(device, loader) -> dict:
     """Return this rank's random states: torch's on the CPU and the device, and the loader's."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type in ("cuda", "mps"):
+    if device.type != "cpu":
         state[device.type] = getattr(torch, device.type).get_rng_state()
     if loader.generator:
         state["loader"] = loader.generator.get_state()
     return state
 
 
-def set_random_state(state, loader) -> None:
-    """The inverse of random_state."""
+def set_random_state(state, device, loader) -> None:
+    """The inverse of random_state; a state of another kind of device is left out."""
     torch.set_rng_state(state["cpu"])
-    for kind in ("cuda", "mps"):
-        if kind in state and getattr(torch, kind).is_available():
-            getattr(torch, kind).set_rng_state(state[kind])
+    if device.type != "cpu" and device.type in state:
+        getattr(torch, device.type).set_rng_state(state[device.type])
     if loader.generator and "loader" in state:
         loader.generator.set_state(state["loader"])
 
@@ -1326,7 +1322,7 @@ def load_checkpoint(path: Path) -> dict:
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if set(content["config"]) != set(GPT_CONFIG_124M) or not content["model"]:
+        if set(content["config"]) != set(GPT_CONFIG_124M) or not dict(content["model"]):
             raise ValueError("it lacks a config or weights")
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: check --checkpoint or --out-dir") from None
@@ -1341,11 +1337,11 @@ def load_checkpoint(path: Path) -> dict:
 
 def load_model(content: dict, path: Path, device) -> GPTModel:
     """Return a loaded checkpoint's model. Raises UserError where weights and config disagree."""
-    with torch.device("meta"):
-        model = GPTModel(content["config"])
     try:
+        with torch.device("meta"):
+            model = GPTModel(content["config"])
         model.load_state_dict(content["model"], assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"the weights in {path} don't fit its config ({reason(error)})") from None
     return model.to(device)
 
@@ -1385,13 +1381,13 @@ class Run(Observer):
         self.saving = bool(args.checkpoint_every) and step % args.checkpoint_every == 0
         logging = bool(args.log_freq) and step % args.log_freq == 0
         sampling = bool(args.sample_freq) and step % args.sample_freq == 0
-        epoch_ends = progress.batch == len(self.train_loader)
+        ends = progress.batch == len(self.train_loader) or step == self.total_steps()
         # Reading the loss waits for a GPU, so there it's read only before what isn't training.
-        idle = self.evaluated or self.saving or logging or sampling or epoch_ends
+        idle = self.evaluated or self.saving or logging or sampling or ends
         if self.device.type != "cpu" and not idle:
             return
         self.loss = mean_over_ranks(loss.item())
-        if self.tokens_before is not None:  # a run's first steps warm up and don't count
+        if self.tokens_before is not None:  # what comes before the first loss read warms up
             self.timed_s += time.perf_counter() - self.started
             self.timed_tokens += progress.tokens_seen - self.tokens_before
         self.started, self.tokens_before = None, progress.tokens_seen
@@ -1504,8 +1500,8 @@ class Run(Observer):
         lr = self.optimizer.param_groups[0]["lr"]
         kept = (self.folder / "checkpoint.pt").exists()
         return UserError(
-            f"the {what} at step {self.progress.step}, learning rate {lr:g}: start anew with a lower "
-            "--lr, --warmup-steps or --grad-clip 1.0" + "; the last good checkpoint is kept" * kept
+            f"the {what} at step {self.progress.step}, learning rate {lr:g}: start anew with a "
+            "lower --lr, --warmup-steps or --grad-clip 1.0" + "; the last checkpoint is kept" * kept
         )
 
     def restore(self, content) -> None:
@@ -1529,8 +1525,8 @@ class Run(Observer):
             self.progress = Progress(**content["progress"])
             self.epoch_start = content["epoch_start"]
             if len(states) == ranks:
-                set_random_state(states[rank()], self.train_loader)
-            else:  # the same order of windows from the same place, but new dropout masks
+                set_random_state(states[rank()], self.device, self.train_loader)
+            else:  # the same order of windows, from about the same place
                 self.progress.batch = math.ceil(self.progress.batch * len(states) / ranks)
                 order = states[0].get("loader", states[0]["cpu"])
                 (self.train_loader.generator or torch.default_generator).set_state(order)
@@ -1779,7 +1775,7 @@ def leaving_no_trace(folder: Path):
         raise
 
 
-def make_loaders(args, config, corpus):
+def make_loaders(args, config, corpus, device):
     """Return (train_loader, val_loader). Raises UserError for too little text."""
     context = config["context_length"]
     # Ranks draw the order of windows from one stream, their dropout masks from different ones.
@@ -1789,7 +1785,7 @@ def make_loaders(args, config, corpus):
         sets = [GPTDatasetV1(ids, None, context, args.stride or context) for ids in parts]
         windows = ConcatDataset(sets)  # none straddles two files
         batches = WindowBatches(len(windows), args.batch_size, shuffle, generator)
-        pin = torch.cuda.is_available()
+        pin = device.type == "cuda"
         return DataLoader(windows, batch_sampler=batches, generator=generator, pin_memory=pin)
 
     train_loader, val_loader = loader(corpus.train, True), loader(corpus.val, False)
@@ -1824,7 +1820,7 @@ def prepare_data(args, device):
         writes = os.environ.get("LOCAL_RANK", "0") == "0"
         sources = args.data, args.val_data, args.train_ratio
         corpus = load_corpus(*sources, folder, get_tokenizer(), writes)
-        loaders = make_loaders(args, config, corpus)
+        loaders = make_loaders(args, config, corpus, device)
     if (folder / "checkpoint.pt").exists() and not args.resume:
         warn(f"this run replaces the earlier one in {folder}; --resume would go on with it")
     return config, corpus, *loaders
@@ -1858,7 +1854,7 @@ def print_losses(model, train_loader, val_loader, device, eval_iter, precision, 
     num_batches = None if longest <= 10 * eval_iter else eval_iter
     with precision.autocast:
         losses = evaluate_model(model, train_loader, val_loader, device, num_batches)
-    set_random_state(before, train_loader)
+    set_random_state(before, device, train_loader)
     part = f" (first {num_batches} batches; more with --eval-iter)" if num_batches else ""
     for title, loss in zip(titles, losses):
         print(f"{title}: {loss:.6f}{part}")
@@ -1926,6 +1922,7 @@ def pretrain(args, resumed, device, precision) -> int:
     print_setup(run, val_loader)
     if resumed:
         run.restore(resumed)
+        resumed.clear()  # 12 bytes a parameter
     else:
         print_losses(*evaluated, "Training loss", "Validation loss")
 
@@ -1979,7 +1976,7 @@ def evaluate_checkpoint(args, device, precision) -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         data = args.data, args.val_data, args.train_ratio
         corpus = load_corpus(*data, Path(folder), get_tokenizer())
-        loaders = make_loaders(args, content["config"], corpus)
+        loaders = make_loaders(args, content["config"], corpus, device)
         titles = "Training loss", "Validation loss"
         losses = print_losses(model, *loaders, device, args.eval_iter, precision, *titles)
     for name, loss in zip(("Training", "Validation"), losses):
