@@ -646,6 +646,13 @@ class Corpus(NamedTuple):
     characters: int | None  # None for ready-made token files
     tokens: int
     identity: list  # tells whether a resumed run sees the same data
+    maps: list  # of the token files, as mmap objects
+
+    def forget_pages(self):
+        """Give back the pages of the files that were read: they would count as our memory."""
+        for mapped in self.maps:
+            if hasattr(mapped, "madvise"):  # not on Windows
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager
@@ -845,8 +852,8 @@ def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer
     return {**counts, "sha256": digest.hexdigest()}
 
 
-def map_token_file(path: Path) -> torch.Tensor:
-    """Return the ids of a token file as a uint16 tensor that maps the file, read when used.
+def map_token_file(path: Path):
+    """Return (the map of a token file, its ids as a uint16 tensor that is read when used).
 
     The file holds raw little-endian uint16 ids, with or without llm.c's header of 256 int32 (magic
     20240520, version 1, count). Raises UserError for anything else.
@@ -866,14 +873,14 @@ def map_token_file(path: Path) -> torch.Tensor:
                     raise UserError(
                         f"{path} announces {count} ids (version {version}), has {len(ids)}: cut?"
                     )
-    return ids
+    return mapped, ids
 
 
 def check_token_files(files: list[Path]) -> dict:
     """Return the counts of token files. Raises UserError for ids beyond GPT-2's vocabulary."""
     tokens = 0
     for path in files:
-        ids = map_token_file(path)
+        _, ids = map_token_file(path)
         tokens += len(ids)
         with open(path, "rb") as file:  # read, since pages of a map would count as our memory
             file.seek(path.stat().st_size - 2 * len(ids))
@@ -909,7 +916,7 @@ def remembered(path: Path, key: dict, writes: bool, make) -> dict:
 
 
 def load_ids(files, path, train_ratio, tokenizer, writes):
-    """Return (list of id tensors, counts, identity) of texts, tokenized to path, or token files."""
+    """Return (maps, id tensors, counts, identity) of texts, tokenized to path, or token files."""
     ready_made = {file.suffix == ".bin" for file in files}
     if len(ready_made) > 1:
         raise UserError(
@@ -925,7 +932,8 @@ def load_ids(files, path, train_ratio, tokenizer, writes):
         make = functools.partial(tokenize, files, path, ratio, tokenizer)
         files = [path]
     counts = remembered(path.with_suffix(".json"), key, writes, make)
-    return [map_token_file(file) for file in files], counts, counts["sha256"] or sources
+    maps, ids = zip(*map(map_token_file, files))
+    return [*maps], [*ids], counts, counts["sha256"] or sources
 
 
 def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> Corpus:
@@ -943,10 +951,11 @@ def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> 
         if file.resolve() in (path.resolve(), val_path.resolve()):
             raise UserError(f"{file} is a file that this run may write: use another --out-dir")
     ratio = None if val_data else train_ratio
-    train, counts, identity = load_ids(files, path, ratio, tokenizer, writes)
+    maps, train, counts, identity = load_ids(files, path, ratio, tokenizer, writes)
     parts, identity = [counts], [identity]
     if val_data:
-        val, val_counts, val_identity = load_ids(val_files, val_path, None, tokenizer, writes)
+        more, val, val_counts, val_identity = load_ids(val_files, val_path, None, tokenizer, writes)
+        maps += more
         parts.append(val_counts)
         identity.append(val_identity)
     else:
@@ -964,6 +973,7 @@ def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> 
         characters=None if None in characters else sum(characters),
         tokens=sum(part["text_tokens"] for part in parts),
         identity=identity,
+        maps=maps,
     )
 
 
@@ -1407,6 +1417,7 @@ class Run(Observer):
             self.save_checkpoint()
         if progress.batch < len(self.train_loader) and progress.step + 1 < self.total_steps():
             self.show_progress()  # else the loop prints next
+        self.corpus.forget_pages()
         self.started = self.started or time.perf_counter()
         return mean_over_ranks(self.signal) > 0
 
