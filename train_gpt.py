@@ -1947,6 +1947,7 @@ def pretrain(args, resumed, device, precision) -> int:
         )  # fmt: skip
         run.save("losses.json", run.losses())
         run.save_checkpoint(is_last=True)
+    show_status("")
     run.signal = max(from_all_ranks(run.signal))
     if not run.signal:
         print_losses(*evaluated, "Final training loss", "Final validation loss")
