@@ -49,7 +49,7 @@ ENVIRONMENT = {
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no POSIX signals")
 needs_gloo = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv on Windows")
 needs_mkl = pytest.mark.skipif(
-    not torch.backends.mkl.is_available(), reason="without MKL, torch draws other dropout masks"
+    not torch.backends.mkl.is_available(), reason="the figures were only seen in builds with MKL"
 )
 
 

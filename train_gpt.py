@@ -1371,7 +1371,7 @@ class Run:
         self.progress = Progress()
         self.epoch_start = None  # random state that drew the current epoch's order of windows
         self.signal = 0  # the one that asked to stop
-        self.evaluated = self.saving = False
+        self.evaluated = self.saving = self.logging = False
         self.loss = math.nan
         self.started = None  # when the steps being timed began
         self.timed_s, self.timed_tokens, self.tokens_before = 0.0, 0, None
@@ -1394,11 +1394,11 @@ class Run:
         show_status("")
         self.evaluated = progress.step % args.eval_freq == 0
         self.saving = bool(args.checkpoint_every) and step % args.checkpoint_every == 0
-        logging = bool(args.log_freq) and step % args.log_freq == 0
+        self.logging = bool(args.log_freq) and step % args.log_freq == 0
         sampling = bool(args.sample_freq) and step % args.sample_freq == 0
         ends = progress.batch == len(self.train_loader) or step == self.total_steps()
         # Reading the loss waits for a GPU, so there it's read only before what isn't training.
-        idle = self.evaluated or self.saving or logging or sampling or ends
+        idle = self.evaluated or self.saving or self.logging or sampling or ends
         if self.device.type != "cpu" and not idle:
             return
         self.loss = mean_over_ranks(loss.item())
@@ -1418,7 +1418,7 @@ class Run:
                 self.save_weights("best.pt", val_loss=val_losses[-1])
         if self.saving:
             self.save_checkpoint()
-        if self.args.log_freq and (progress.step + 1) % self.args.log_freq == 0:
+        if self.logging:
             lr = self.optimizer.param_groups[0]["lr"]
             print(f"Step {progress.step:06d}: loss {self.loss:.3f}, lr {lr:.2e}{self.speed()}")
         if progress.batch < len(self.train_loader) and progress.step + 1 < self.total_steps():
