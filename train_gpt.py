@@ -109,8 +109,8 @@ def create_dataloader_v1(
 
     txt: a text, or its token ids as a 1-D tensor. drop_last: leave out a last partial batch.
     """
-    dataset = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
-    return DataLoader(dataset, batch_size, shuffle, drop_last=drop_last, num_workers=num_workers)
+    windows = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
+    return DataLoader(windows, batch_size, shuffle, drop_last=drop_last, num_workers=num_workers)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -276,7 +276,8 @@ def train_step(model, batches, optimizers, device, grad_clip, autocast, scaler):
 
     batches: (input, target) pairs, `[batch, tokens]` each, that act as one. grad_clip: its bound.
     """
-    model.zero_grad()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     tokens = [(targets != IGNORED).sum().item() for _, targets in batches]
     total, loss_sum, norm = sum(tokens), 0.0, math.nan
     for number, (input_batch, target_batch) in enumerate(batches, start=1):
@@ -468,8 +469,7 @@ def plot_losses(
     axes.plot(epochs_seen, val_losses, linestyle="-.", label="Validation loss", **dots)
     measured = [(loss, epoch) for loss, epoch in zip(val_losses, epochs_seen) if loss == loss]
     for loss, epoch in sorted(measured)[:1]:
-        lowest = f"Lowest validation loss: {loss:.3f}"
-        axes.plot(epoch, loss, "ro", markersize=9, fillstyle="none", label=lowest)
+        axes.plot(epoch, loss, "ro", ms=9, fillstyle="none", label=f"Lowest validation: {loss:.3f}")
     axes.set(xlabel="Epochs", ylabel="Loss (nats per token)")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=max(epochs_seen, default=0) > 2))
     picture.legend(loc="outside lower center", ncols=3, frameon=False)
