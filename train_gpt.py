@@ -496,13 +496,13 @@ class Output(io.TextIOBase):
 
     def __init__(self, stream):
         self.stream, self.beside, self.lock = stream, None, threading.RLock()
-        self.terminal = bool(stream and getattr(stream, "isatty", bool)())
+        self.terminal = not getattr(stream, "closed", True) and stream.isatty()
         self.status, self.shown, self.in_line = None, 0, False
 
     def write(self, text):
         with self.lock:
-            self.clear()
-            self.beside.clear()
+            self.draw("")
+            self.beside.draw("")
             self.in_line = not text.endswith("\n")
             self.send(text)
         return len(text)
@@ -520,16 +520,16 @@ class Output(io.TextIOBase):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), lost.fileno())  # else Python's exit fails
             self.beside.write(f"train_gpt: warning: output is lost from here on ({error})\n")
 
-    def clear(self):
-        blanks, self.shown = " " * self.shown, 0
-        self.send(f"\r{blanks}\r" * bool(blanks))  # no escape sequences: TERM may be dumb
+    def draw(self, status):
+        """Put a text in the status line's place, without escape sequences: TERM may be dumb."""
+        if status or self.shown:
+            self.send(f"\r{status.ljust(self.shown)}\r")
+        self.shown = len(status)
 
     def tick(self):
         with self.lock:
             if self.terminal and self.status and not self.in_line:
-                text = self.status()[: shutil.get_terminal_size().columns - 1]
-                self.send("\r" + text.ljust(self.shown) + "\r")
-                self.shown = len(text)
+                self.draw(self.status()[: shutil.get_terminal_size().columns - 1])
 
 
 def guard_output(stack) -> None:
@@ -538,7 +538,7 @@ def guard_output(stack) -> None:
     out.beside, err.beside = err, out
     stack.enter_context(contextlib.redirect_stdout(out))
     stack.enter_context(contextlib.redirect_stderr(err))
-    stack.callback(out.clear)
+    stack.callback(out.draw, "")
     stack.callback(ended.set)
 
     def move():
@@ -591,17 +591,14 @@ class Stopped(BaseException):
 
 
 def catch_signals(stack):
-    """Catch what asks to end; return what the run looks at: `signal`, 0 as long as none came.
-
-    Raises Stopped while at_once is set, and for a second one. The same signal within a second is no
-    second one: uv, IDEs and process managers deliver it twice.
-    """
+    """Catch what asks to end: return a Namespace to note it, or raise Stopped if at_once is set."""
     stop = argparse.Namespace(signal=0, at_once=True, since=0.0)
 
     def ask(number, frame):
         first, elapsed_s = not stop.signal, time.monotonic() - stop.since
         if first:
             stop.signal, stop.since = number, time.monotonic()
+        # The same one within a second is no second one: uv, IDEs, process managers send it twice.
         if stop.at_once if first else number != stop.signal or elapsed_s > 1:
             raise Stopped
         if first and rank() == 0:
@@ -639,7 +636,8 @@ def limit_memory(stack) -> None:
             with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
                 room.append(int(Path("/sys/fs/cgroup", name).read_text()))
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        room += [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        if soft != resource.RLIM_INFINITY:
+            room.append(soft)
         resource.setrlimit(resource.RLIMIT_DATA, (min(room), hard))
         stack.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
 
@@ -651,10 +649,7 @@ FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """Open a file that takes its name only once it is whole and on disk; a link stays a link.
-
-    Raises OSError, leaving an older file of that name as it was.
-    """
+    """Open a file that takes its name only once whole and on disk; a link stays a link."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -683,10 +678,7 @@ def save(path: Path, content) -> bool:
 
 
 def claim(folder: Path, args, stack) -> None:
-    """Hold the run's folder until the end; leave no trace where nothing was written.
-
-    Raises UserError where another run holds it or has left its weights there.
-    """
+    """Hold the run's folder, unless it is another run's; in the end, leave no empty one behind."""
     import filelock
 
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -709,10 +701,8 @@ def claim(folder: Path, args, stack) -> None:
         warn(f"{folder} can't be locked: let no other run use it")
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
-        raise UserError(
-            f"{folder} holds a run ({', '.join(found)}): go on with it by --resume, replace it by "
-            "--overwrite, or name another --out-dir"
-        )
+        ways = "go on with it by --resume, replace it by --overwrite, or name another --out-dir"
+        raise UserError(f"{folder} holds a run ({', '.join(found)}): {ways}")
 
 
 class StepLog:
@@ -729,11 +719,10 @@ class StepLog:
         self.waiting += f"{row},{progress.train_s:.3f}\n"
         try:
             if rank() == 0:
-                with open(self.path, "r+b" if self.path.exists() else "wb", buffering=0) as file:
+                with open(self.path, "ab", buffering=0) as file:
                     file.truncate(self.end)  # rows after a checkpoint, half a row on a full disk
-                    file.seek(self.end)
                     if file.write(self.waiting.encode()) == len(self.waiting):
-                        self.end, self.waiting = file.tell(), ""
+                        self.end, self.waiting = self.end + len(self.waiting), ""
         except OSError as error:
             if not self.warned:
                 warn(f"{self.path} can't be written: its rows wait ({reason(error)})")
@@ -744,26 +733,23 @@ class Pace:
     """Tells when saving is due: least_s seconds after the last time, and costing little time."""
 
     def __init__(self, least_s, times_cost):
-        self.least_s, self.times_cost = least_s, times_cost
-        self.last, self.cost_s = time.monotonic(), 0.0
+        self.least_s, self.times_cost, self.next = least_s, times_cost, time.monotonic() + least_s
 
     def due(self) -> bool:
-        return time.monotonic() - self.last > max(self.least_s, self.times_cost * self.cost_s)
+        return time.monotonic() > self.next
 
     def save(self, path, content) -> None:
         start = time.monotonic()
         save(path, content)
-        self.last = time.monotonic()
-        self.cost_s = self.last - start
+        cost_s = time.monotonic() - start
+        self.next = start + cost_s + max(self.least_s, self.times_cost * cost_s)
 
 
 # -------------------------------------------------------------------------------------------- texts
-VERDICT_URL = (
-    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/"
-    "the-verdict.txt"
-)
+VERDICT_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
+VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
-PIECE_CHARACTERS = 1 << 20  # of text tokenized at a time, by each core
+PIECE_CHARACTERS = 1 << 18  # of text tokenized at a time
 
 # Where GPT-2's pattern is sure to end a token whatever stands around: between something visible and
 # a space, and between a letter or digit and a punctuation mark. None of it is inside <|endoftext|>.
@@ -782,187 +768,148 @@ class DataLost(UserError):
     """A token file was cut, replaced or lost while it was trained on."""
 
 
-class TokenFile:
-    """Token ids of a file of little-endian uint16 numbers, read when they are used.
-
-    There is no memory map, since a file that is cut would then end the process.
-    """
-
-    def __init__(self, path, first, count, state):
-        self.path, self.first, self.count, self.state = path, first, count, state
-
-    def __len__(self):
-        return self.count
-
-    def narrow(self, dim, start, length):
-        return TokenFile(self.path, self.first + start, length, self.state)
-
-    def __getitem__(self, part):
-        start, stop, _ = part.indices(self.count)
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(2 * (self.first + start))
-                data = bytearray(file.read(2 * (stop - start)))
-                if file_state(file) != self.state:
-                    raise OSError("it was changed")
-        except OSError as error:
-            raise DataLost(f"{self.path} can't be trained on any more ({reason(error)})") from None
-        return torch.frombuffer(data, dtype=torch.uint16)
-
-
 def file_state(file):
-    """Return what changes when an open file is cut, replaced or written to."""
-    status = os.fstat(file.fileno())
+    """Return what changes when a file, open or by its path, is cut, replaced or written to."""
+    status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass
-class Ids:
-    """Token ids, uint16 tensors or TokenFiles, of one or more sources, and what is said of them."""
+class TokenFile:
+    """Token ids, little-endian uint16, read by `long`: cut, a memory map would end the process."""
 
-    train: list
-    val: list
-    characters: int  # 0 for token files
-    tokens: int
-    sha256: str  # of all that is in train and val
-    name: str = ""
+    path: Path
+    places: range  # the numbers of these ids, counted from the file's begin
+    state: tuple  # see file_state
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, part):
+        return TokenFile(self.path, self.places[part], self.state)
+
+    def long(self):
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(2 * self.places.start)
+                data = bytearray(file.read(2 * len(self)))
+                if file_state(file.fileno()) != self.state:
+                    raise OSError("it was changed")
+        except OSError as error:
+            raise DataLost(f"{self.path} can't be trained on any more ({reason(error)})") from None
+        return torch.frombuffer(data, dtype=torch.uint16).long()
 
 
-def find_files(names, taken, refused=()):
-    """Return (for each name a list of (path, its content if it is a pipe), files passed over).
+def find_files(data, val_data=None):
+    """Return (sources of data, sources of val_data, files passed over); default_text for no data.
 
-    A folder stands for the *.txt files in it, "-" for standard input. A file is taken once,
-    whatever its names: `taken` collects identities, `refused` holds those that are an error.
+    A source lists (path, its content if it is a pipe): a file, standard input for "-", or all *.txt
+    of a folder that aren't hidden. A file is taken once, whatever its names. Raises UserError.
     """
-    sources, passed_over = [], 0
-    for name in names:
+    parts, taken, passed_over = ([], []), {}, 0
+    for part, name in [(0, name) for name in data or []] + [(1, name) for name in val_data or []]:
         path = Path("/dev/stdin" if name == "-" else name).expanduser()
         found, source = [path] if name and path.exists() else [], []
         if found and path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
-            shown = [f for f in inside if not re.search(r"(^|[/\\])\.", str(f.relative_to(path)))]
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            shown = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
             found = [file for file in shown if file.suffix.lower() == ".txt"]
             passed_over += len(inside) - len(found)
         if not found:
             raise UserError(f"{name!r} is no file, nor a folder with *.txt files: check --data")
         for file in found:
-            status = file.stat()
-            identity = status.st_dev, status.st_ino
-            if identity in refused:
+            identity = file_state(file)[:2]
+            if taken.get(identity, part) != part:
                 raise UserError(f"{file} is training data, so it can't validate: name another")
             if identity not in taken:
-                taken.add(identity)
                 source.append((file, None if file.is_file() else file.read_bytes()))
-        sources += [source] if source else []
-    return sources, passed_over
+            taken[identity] = part
+        parts[part].extend([source] if source else [])
+    if not data:
+        parts[0].append([default_text()])
+    return *parts, passed_over
 
 
 def seems_to_be(head: bytes, text_wanted: bool) -> str | None:
     """Return what a file that begins like this is, if it isn't what is wanted, or None."""
-    import codecs
-
     if text_wanted and head.count(0) > len(head) / 5:
         return "UTF-16 or UTF-32 without a byte order mark, or no text at all"
-    with contextlib.suppress(UnicodeDecodeError):
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
-        if not text_wanted and len(head) > 64 and not re.search(r"[\0-\x08\x0e-\x1f]", text):
-            return "a text: name it *.txt"
+    text = head.decode(errors="ignore")
+    is_text = len(text.encode()) > len(head) - 4 and not re.search(r"[\0-\x08\x0e-\x1f]", text)
+    if is_text and not text_wanted and len(head) > 64:
+        return "a text: name it *.txt"
     return next((name for magic, name in FORMATS.items() if head.startswith(magic)), None)
 
 
-@contextlib.contextmanager
-def open_text(path, content):
-    """Open a UTF-8 text, without its byte order mark. Raises UserError for something else."""
-    with open(path, "rb") if content is None else io.BytesIO(content) as file:
-        if found := seems_to_be(file.read(4096), text_wanted=True):
-            raise UserError(f"{path} is not UTF-8 text: it seems to be {found}")
-        file.seek(0)
-        try:
-            yield io.TextIOWrapper(file, encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise UserError(f"{path} is not UTF-8 (byte 0x{byte:02x}): convert it") from None
-
-
 def text_pieces(files):
-    """Yield texts in pieces whose tokens, one after the other, are those of the whole.
+    """Yield UTF-8 texts in pieces whose tokens, one after the other, are those of the whole.
 
-    The end-of-text token comes between files.
+    The end-of-text token comes between files; a byte order mark is no text. Raises UserError.
     """
     for number, (path, content) in enumerate(files):
-        text = END_OF_TEXT if number else ""
-        with open_text(path, content) as stream:
-            size = path.stat().st_size if content is None else len(content)
-            show(lambda: f"encoding {path}: {stream.buffer.tell() / (size or 1):.0%}")  # noqa: B023
-            while block := stream.read(PIECE_CHARACTERS):
-                text += block
-                if cut := SAFE_CUT.match(text, max(0, len(text) - len(block) - 1)):
-                    yield text[: cut.end()]
-                    text = text[cut.end() :]
+        text, done = END_OF_TEXT if number else "", 0
+        with open(path, "rb") if content is None else io.BytesIO(content) as file:
+            head, size = file.read(4096), file.seek(0, os.SEEK_END)
+            file.seek(0)
+            if found := seems_to_be(head, text_wanted=True):
+                raise UserError(f"{path} is not UTF-8 text: it seems to be {found}")
+            if head in (b"", b"\xef\xbb\xbf") and len(files) == 1:
+                raise UserError(f"{path} is empty: name a text with --data")
+            show(lambda: f"encoding {path}: {done / (size or 1):.0%}")  # noqa: B023
+            stream = io.TextIOWrapper(file, encoding="utf-8-sig")
+            try:
+                while block := stream.read(PIECE_CHARACTERS):
+                    text, done = text + block, file.tell()
+                    if cut := SAFE_CUT.match(text, max(0, len(text) - len(block) - 1)):
+                        yield text[: cut.end()]
+                        text = text[cut.end() :]
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                raise UserError(f"{path} is not UTF-8 (byte 0x{byte:02x}): convert it") from None
         if text:
             yield text
 
 
-def encode_pieces(pieces, tokenizer):
-    """Yield (piece, its token ids, an array of uint16) in order; all cores encode."""
-    import copy
-    from concurrent.futures import ThreadPoolExecutor
-
-    own = threading.local()
-
-    def equip_thread():  # threads that share a tokenizer hold each other up: up to half the speed
-        own.tokenizer = copy.copy(tokenizer)
-
-    def encode(text):
-        return text, array("H", own.tokenizer.encode(text, allowed_special={END_OF_TEXT}))
-
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores, initializer=equip_thread) as pool:
-        jobs = (pool.submit(encode, piece) for piece in pieces)
-        pending = list(itertools.islice(jobs, 2 * cores))
-        while pending:
-            yield pending.pop(0).result()
-            pending.extend(itertools.islice(jobs, 1))
+def encode_texts(files):
+    """Yield (piece of the texts, list of its token ids) in order; all cores encode."""
+    pieces, cores, tokenizer = text_pieces(files), os.cpu_count() or 1, load_tokenizer()
+    while batch := list(itertools.islice(pieces, 8 * cores)):
+        ids = tokenizer.encode_batch(batch, num_threads=cores, allowed_special={END_OF_TEXT})
+        yield from zip(batch, ids)
 
 
-def load_text(files, train_ratio, tokenizer) -> Ids:
-    """Encode texts; with a train_ratio, cut one after that share of its characters, as the book."""
-    cut, characters, tokens = math.inf, 0, 0
+def load_text(files, train_ratio):
+    """Return a text's (ids, those after train_ratio of it or None, characters, tokens, SHA-256)."""
+    cut, characters, tokens, encode = math.inf, 0, 0, load_tokenizer().encode
     if train_ratio is not None:
-        with open_text(*files[0]) as stream:
-            cut = int(train_ratio * sum(map(len, iter(lambda: stream.read(1 << 20), ""))))
+        cut = int(train_ratio * sum(map(len, text_pieces(files))))
     train, val = array("H"), array("H")
-    for text, ids in encode_pieces(text_pieces(files), tokenizer):
+    for text, ids in encode_texts(files):
         place = cut - characters
         if 0 < place < len(text):  # both parts are encoded apart
-            train.extend(text_to_token_ids(text[:place], tokenizer)[0].tolist())
-            val.extend(text_to_token_ids(text[place:], tokenizer)[0].tolist())
+            train.extend(encode(text[:place], allowed_special={END_OF_TEXT}))
+            val.extend(encode(text[place:], allowed_special={END_OF_TEXT}))
         else:
             (train if place > 0 else val).extend(ids)
         characters, tokens = characters + len(text), tokens + len(ids)
-    if not characters:
-        raise UserError(f"{files[0][0]} is empty: name a text with --data")
     characters -= len(END_OF_TEXT) * (len(files) - 1)
     sha256 = hashlib.sha256(train.tobytes() + b"|" + val.tobytes()).hexdigest()
-    nothing = torch.empty(0, dtype=torch.uint16)
-    parts = [
-        torch.frombuffer(part, dtype=torch.uint16) if part else nothing for part in (train, val)
-    ]
-    return Ids(parts[:1], parts[1:] if cut < math.inf else [], characters, tokens, sha256)
+    train, val = (  # torch takes no empty buffer
+        torch.frombuffer(part or array("H", [0]), dtype=torch.uint16)[: len(part)]
+        for part in (train, val)
+    )
+    return train, None if train_ratio is None else val, characters, tokens, sha256
 
 
-def load_token_file(path) -> Ids:
-    """Check and hash a token file, raw or with llm.c's header: 256 int32, 20240520, 1, count.
-
-    Raises UserError for what is no row of GPT-2's token ids.
-    """
+def load_token_file(path):
+    """Check a token file, raw or with llm.c's header, 256 int32: 20240520, 1, count, zeros."""
     sha256, size, largest, odd_sum = hashlib.sha256(), 0, 0, 0
     with open(path, "rb") as file:
-        head, state = file.read(1024), file_state(file)
+        head, state = file.read(1024), file_state(file.fileno())
         magic, version, count = array("i", head[:12].ljust(12))
         first = 512 if magic == 20240520 and len(head) == 1024 else 0
         file.seek(2 * first)
-        show(lambda: f"checking {path}: {file.tell() / (state[2] or 1):.0%}")
+        show(lambda: f"checking {path}: {size / (state[2] or 1):.0%}")
         while block := file.read(1 << 23):
             sha256.update(block)
             size += len(block)
@@ -981,50 +928,42 @@ def load_token_file(path) -> Ids:
         raise UserError(f"{path} holds the id {largest}: GPT-2's end with 50256")
     if largest < 256 and size > 8192:
         warn(f"{path} holds no id above {largest}: are these GPT-2's, not single characters'?")
-    ids = TokenFile(path, first, size // 2, state)
-    return Ids([ids], [], 0, len(ids), sha256.hexdigest())
+    ids = TokenFile(path, range(first, first + size // 2), state)
+    return ids, None, 0, len(ids), sha256.hexdigest()
 
 
-def load_corpus(data, val_data, train_ratio, tokenizer) -> Ids:
-    """Return the token ids of data, cut into training and validation part. Raises UserError.
+def load_corpus(args):
+    """Return train and val, lists of ids, one a source, and what is said of them.
 
-    data, val_data: names as for find_files; None is The Verdict, and no separate validation data.
-    One text is cut after train_ratio of its characters, as in the book; several, and token files,
-    after that share of their tokens, so that the end of the last ones validates.
+    One text is cut after a share of its characters, as in the book; others of their tokens.
     """
-    taken = set()
-    sources, passed_over = find_files(data, taken) if data else ([[default_text()]], 0)
-    val_sources, val_passed_over = find_files(val_data or [], set(), refused=taken)
-    files = [file for source in sources + val_sources for file in source]
-    ratio, loaded = train_ratio if len(files) == 1 else None, []
-    for source in sources + val_sources:
-        is_text = source[0][0].suffix != ".bin"
-        loaded.append(
-            load_text(source, ratio, tokenizer) if is_text else load_token_file(source[0][0])
-        )
-    if len({part.characters == 0 for part in loaded}) > 1:
-        raise UserError(
-            f"{files[0][0]} and others mix texts and token files (*.bin): give one kind"
-        )
-    if val_data and len({part.sha256 for part in loaded}) < len(loaded):
+    sources, val_sources, passed_over = find_files(args.data, args.val_data)
+    files = list(itertools.chain(*sources, *val_sources))
+    if len(kinds := {path.suffix == ".bin" for path, _ in files}) > 1:
+        raise UserError(f"{files[0][0]} and more mix texts and token files (*.bin): give one kind")
+    if kinds == {True}:
+        loaded = [load_token_file(path) for path, _ in files]
+    else:
+        ratio = args.train_ratio if len(files) == 1 else None
+        loaded = [load_text(source, ratio) for source in sources + val_sources]
+    train, val, characters, tokens, hashes = map(list, zip(*loaded))
+    if args.val_data and len({*hashes}) < len(hashes):
         raise UserError("--val-data repeats what --data holds: name other validation data")
-    train = [ids for part in loaded[: len(sources)] for ids in part.train]
-    val = [ids for part in loaded[len(sources) :] for ids in part.train] or loaded[0].val
+    val = train[len(sources) :] or [ids for ids in val if ids is not None]
+    del train[len(sources) :]
     if not val:
-        cut = int(train_ratio * sum(map(len, train)))
+        cut = int(args.train_ratio * sum(map(len, train)))
         for number, ids in enumerate(train):
-            place = min(cut, len(ids))
-            train[number], cut = ids.narrow(0, 0, place), cut - place
-            val.append(ids.narrow(0, place, len(ids) - place))
-    known_by = [part.sha256 for part in loaded], [sum(map(len, ids)) for ids in (train, val)]
-    counts = f"{len(files)} file" + "s" * (len(files) > 1)
-    if passed_over + val_passed_over:
-        counts += f", {passed_over + val_passed_over} passed over: hidden, or not *.txt"
-    characters = sum(part.characters for part in loaded)
-    tokens = sum(part.tokens for part in loaded)
-    name = f"{', '.join(data or [str(files[0][0])])} ({counts})"
-    sha256 = hashlib.sha256(json.dumps(known_by).encode()).hexdigest()
-    return Ids(train, val, characters, tokens, sha256, name)
+            train[number] = ids[:cut]
+            val.append(ids[cut:])
+            cut -= len(train[number])
+    known_by = json.dumps([hashes, [sum(map(len, part)) for part in (train, val)]])
+    counts = f"{len(files)} file{'s' * (len(files) > 1)}"
+    counts += f", {passed_over} passed over: hidden, or not *.txt" * bool(passed_over)
+    said = {"name": f"{', '.join(args.data or [str(files[0][0])])} ({counts})"}
+    said |= {"characters": sum(characters), "tokens": sum(tokens)}  # no characters: token files
+    said |= {"sha256": hashlib.sha256(known_by.encode()).hexdigest()}
+    return argparse.Namespace(train=train, val=val, **said)
 
 
 def default_text():
@@ -1048,10 +987,8 @@ def default_text():
         return path, None
     from pydoc_data.topics import topics
 
-    warn(
-        f"the-verdict.txt is not here and can't be downloaded ({missing}): training on Python's "
-        "own documentation, so the losses will differ from the published ones"
-    )
+    other = "training on Python's own documentation, so the losses will differ from the published"
+    warn(f"the-verdict.txt is not here and can't be downloaded ({missing}): {other} ones")
     text = "".join(topics[name] for name in sorted(topics))[:20479]
     return Path("Python's documentation"), text.encode()
 
@@ -1061,14 +998,11 @@ def write_tokens(args) -> int:
     target = Path(args.write_tokens).expanduser()
     if target.exists():
         raise UserError(f"{target} exists: name a file that doesn't")
-    sources = find_files(args.data, set())[0] if args.data else [[default_text()]]
-    files, count = [file for source in sources for file in source], 0
+    files, count = list(itertools.chain(*find_files(args.data)[0])), 0
     with whole_file(target) as file:
-        for _, ids in encode_pieces(text_pieces(files), load_tokenizer()):
-            file.write(ids)
+        for _, ids in encode_texts(files):
+            file.write(array("H", ids))
             count += len(ids)
-        if not count:
-            raise UserError(f"{files[0][0]} is empty: name a text with --data")
     print(f"{target}: {count} tokens of {len(files)} files")
     return 0
 
@@ -1083,75 +1017,62 @@ def load_tokenizer():
 
 
 class WindowBatches(Sampler):
-    """The batches of an epoch, as lists of window numbers, in torch's own random order.
+    """The batches of an epoch: lists of window numbers, drawn as `DataLoader(shuffle=True)` does.
 
-    Draws what `DataLoader(shuffle=True)` draws, but keeps the order in 8 bytes a window and gives
-    each rank its share of a batch that is world_size times as large. A rank that a last batch
-    leaves without a window gets number `windows`, which counts nothing. skip_to: where the next
-    pass begins, once, and the random state to go on with from there.
+    Keeps the order in 8 bytes a window. Of a batch each rank gets its share, or where a last one
+    leaves it without, the number `windows`, which counts nothing. skip_to: where the next pass
+    begins, once, and the random state to go on with from there.
     """
 
     latest = "", 0, 0  # (name, batch, batches), for the status line
 
     def __init__(self, name, windows, batch_size, shuffle, generator):
         self.name, self.windows, self.shuffle, self.generator = name, windows, shuffle, generator
-        self.size = batch_size * world_size()
-        # As in the book, training leaves out a last batch that isn't full.
-        self.batches = windows // self.size if shuffle else math.ceil(windows / self.size)
-        self.skip_to = 0, None
+        self.size, self.skip_to = batch_size * world_size(), (0, None)
 
-    def __len__(self):
-        return self.batches
+    def __len__(self):  # as in the book, training leaves out a last batch that isn't full
+        return self.windows // self.size if self.shuffle else math.ceil(self.windows / self.size)
 
     def __iter__(self):
-        order = range(self.windows)
+        order = torch.arange(self.windows)
         if self.shuffle:
             seed = torch.empty((), dtype=torch.int64).random_(generator=self.generator).item()
-            order = torch.randperm(self.windows, generator=torch.Generator().manual_seed(seed))
+            torch.randperm(self.windows, out=order, generator=torch.Generator().manual_seed(seed))
         (first, state), self.skip_to = self.skip_to, (0, None)
         if state is not None:
             self.generator.set_state(state)
-        for number in range(first, self.batches):
-            WindowBatches.latest = self.name, number + 1, self.batches
-            batch = torch.as_tensor(order[number * self.size : (number + 1) * self.size])
+        for number in range(first, len(self)):
+            WindowBatches.latest = self.name, number + 1, len(self)
+            batch = order[number * self.size : (number + 1) * self.size]
             yield batch.tensor_split(world_size())[rank()].tolist() or [self.windows]
 
 
 def make_loaders(args, config, corpus, device):
-    """Return loaders to train, to validate, and of all the training part in order.
-
-    Raises UserError for too little text.
-    """
-    context = config["context_length"]
+    """Return loaders to train, to validate, and of all the training part in order."""
+    context, batch = config["context_length"], args.batch_size * world_size()
     # Ranks draw the order of windows from one stream, their dropout masks from different ones.
     generator = torch.Generator() if world_size() > 1 else torch.default_generator
     nothing = torch.zeros(context).long(), torch.full((context,), IGNORED)
 
-    def loader(name, parts, shuffle=False):
-        sets = [GPTDatasetV1(ids, None, context, context) for ids in parts]  # none straddles two
+    def loader(name, shuffle=False):
+        # Each source has windows of its own, so none straddles two.
+        sets = [GPTDatasetV1(ids, None, context, context) for ids in getattr(corpus, name)]
         windows = ConcatDataset([*sets, [nothing]])
         batches = WindowBatches(name, len(windows) - 1, args.batch_size, shuffle, generator)
         pin = device.type == "cuda"
         return DataLoader(windows, batch_sampler=batches, generator=generator, pin_memory=pin)
 
-    loaders = (
-        loader("train", corpus.train, True),
-        loader("val", corpus.val),
-        loader("train", corpus.train),
-    )
+    loaders = loader("train", shuffle=True), loader("val"), loader("train")
     tokens, val_tokens = (sum(map(len, part)) for part in (corpus.train, corpus.val))
-    windows, batch = loaders[2].batch_sampler.windows, args.batch_size * world_size()
+    windows = loaders[0].batch_sampler.windows
     if windows == 0 or (windows < batch and not args.eval_only):
-        raise UserError(
-            f"the training part of {corpus.name} has {tokens} tokens, {windows} windows of "
-            f"{context}, but one batch needs {batch}: use more text, a shorter --context-length, a "
-            "lower --batch-size or a larger --train-ratio"
-        )
+        few = f"{tokens} tokens, {windows} windows of {context}, but one batch needs {batch}"
+        ways = "a shorter --context-length, a lower --batch-size or a larger --train-ratio"
+        raise UserError(f"the training part of {corpus.name} has {few}: use more text, {ways}")
     if len(loaders[1]) == 0:
-        warn(
-            f"the validation part has {val_tokens} tokens, but one window needs {context + 1}: val "
-            "loss will be nan, best.pt won't be written; lower --context-length or --train-ratio"
-        )
+        few = f"{val_tokens} tokens, but one window needs {context + 1}: val loss will be nan"
+        ways = "best.pt won't be written; lower --context-length or --train-ratio"
+        warn(f"the validation part has {few}, {ways}")
     if len({*from_all_ranks(corpus.sha256)}) > 1:
         raise UserError("the processes see different data: give each node the same files")
     return loaders
@@ -1160,11 +1081,12 @@ def make_loaders(args, config, corpus, device):
 # ----------------------------------------------------------------------------------- devices, ranks
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is cuda, else mps, else cpu. Raises UserError."""
-    best = torch.accelerator.current_accelerator() or torch.device("cpu")
-    if best.type not in ("cuda", "mps") or (best.type == "mps" and has_ranks()):  # no Gloo there
-        best = torch.device("cpu")
+    if name == "auto":
+        best = torch.accelerator.current_accelerator()
+        usable = ("cuda",) if has_ranks() else ("cuda", "mps")  # Gloo, which joins ranks, lacks mps
+        name = best.type if best and best.type in usable else "cpu"
     try:
-        device = best if name == "auto" else torch.device(name)
+        device = torch.device(name)
         if device.type == "cuda" and has_ranks():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device).item()
@@ -1176,12 +1098,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(device, dtype: str):
-    """Return (dtype, autocast, scaler) for a dtype's name; weights and loss stay float32.
-
-    auto is bfloat16 on a GPU made for it. Source: Micikevicius et al. 2018, "Mixed Precision
-    Training".
-    """
-    if dtype == "auto":
+    """Return (dtype, autocast, scaler). Source: Micikevicius et al. 2018, "Mixed Precision..."."""
+    if dtype == "auto":  # bfloat16 on a GPU made for it
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if fast else "float32"
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
@@ -1191,10 +1109,8 @@ def choose_precision(device, dtype: str):
     if device.type == "cpu" and not torch.equal(F.linear(factors, torch.eye(768)), factors):
         torch.set_float32_matmul_precision("highest")
     kind = getattr(torch, dtype)
-    if dtype == "float32":
-        return kind, NO_AUTOCAST, NO_SCALER
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    return kind, torch.autocast(device.type, dtype=kind), scaler
+    autocast = torch.autocast(device.type, kind, enabled=dtype != "float32")
+    return kind, autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
 
 def peak_memory_mb(device) -> float:
@@ -1226,13 +1142,11 @@ def rank() -> int:
 
 def join_ranks(device) -> None:
     """Meet the other processes, where there are any; all but rank 0 fall silent."""
-    if has_ranks():
-        try:
+    try:
+        if has_ranks():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"the processes can't meet ({reason(error)}): check MASTER_ADDR"
-            ) from None
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"processes can't meet ({reason(error)}): check MASTER_ADDR") from None
     if rank():
         sys.stdout.stream = None
 
@@ -1341,7 +1255,7 @@ class State:
 
     settings: dict
     config: dict
-    corpus: Ids
+    corpus: argparse.Namespace
     loaders: tuple  # to train, to validate, all of the training part in order
     plan: argparse.Namespace
     device: torch.device
@@ -1838,7 +1752,7 @@ def evaluate(args, device) -> int:
         for name in (args.data or []) + (args.val_data or []):
             if not Path(name).exists():
                 raise UserError(f"the run's own data, {name}, is gone: name a text with --data")
-    corpus = load_corpus(args.data, args.val_data, args.train_ratio, load_tokenizer())
+    corpus = load_corpus(args)
     if own and own["sha256"] != corpus.sha256:
         raise UserError(f"{corpus.name} is not what the run was trained on: name it with --data")
     _, val_loader, all_loader = make_loaders(args, content["config"], corpus, device)
@@ -2123,7 +2037,7 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
         print(f"There is no run in {folder} to resume: beginning one")
     draws = rank() == 0 and can_draw()
     config, weights = (checkpoint["config"], None) if checkpoint else first_model(args)
-    corpus = load_corpus(args.data, args.val_data, args.train_ratio, load_tokenizer())
+    corpus = load_corpus(args)
     loaders = make_loaders(args, config, corpus, device)
     plan = make_plan(args, loaders)
     dtype, autocast, scaler = choose_precision(device, args.dtype)
