@@ -540,6 +540,8 @@ def guard_output(stack) -> None:
     stack.enter_context(contextlib.redirect_stderr(err))
     stack.callback(out.draw, "")
     stack.callback(ended.set)
+    for output in (output for output in (out, err) if output.stream is None):
+        output.beside.write("train_gpt: warning: output is lost, its stream was closed before\n")
 
     def move():
         while not ended.wait(1):
@@ -580,7 +582,8 @@ def warn(message: str) -> None:
 def fail(message: str):
     """Print one line on stderr and exit with status 2."""
     if has_ranks() and os.environ["RANK"] != "0":
-        time.sleep(3)  # torchrun ends this process now if rank 0, too, failed and said so
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(15)  # torchrun ends this process now if rank 0, too, failed and said so
     print(f"train_gpt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
