@@ -1506,7 +1506,7 @@ def read_shards(folder) -> dict:
                 state |= safetensors.torch.load(shard.read_bytes())
         if state:
             return state
-    raise ValueError("it has no model.safetensors")
+    raise ValueError("it has no model.safetensors nor pytorch_model.bin")
 
 
 def export_hf(args) -> int:
@@ -1628,17 +1628,13 @@ SETTINGS = re.findall(r"(?m)^--(?!out-dir|resume|overwrite)(\S+)", FLAGS.partiti
 SETTINGS = [name.replace("-", "_") for name in SETTINGS]
 
 
-def number(kind, low, high=1e30):
-    """Return the options of a flag that takes an int or float from low to high."""
-
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {low:g} to {high:g}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names it where text is no number
-    return {"type": convert}
+def number(kind, low, high, text):
+    """Return a flag's value, an int or float from low to high, for argparse."""
+    with contextlib.suppress(ValueError):
+        if low <= (value := kind(text)) <= high:
+            return value
+    what = f"invalid {kind.__name__} value or out of range: {text!r}, not {low:g} to {high:g}"
+    raise argparse.ArgumentTypeError(what)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1649,11 +1645,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
-    path, share = {"type": os.path.expanduser}, number(float, 0, 1 - 1e-9)
-    kinds = {"TEXT": {"type": str}, "PATH": path, "PATHS": path | {"nargs": "+"}}
-    kinds |= {"N": number(int, 1, 2**31 - 1), "COUNT": number(int, 0, 2**63 - 1)}
-    kinds |= {"RATE": number(float, 0), "POSITIVE": number(float, 1e-30), "SHARE": share}
-    kinds |= {"RATIO": number(float, 1e-9, 1), "BETAS": share | {"nargs": 2}}
+    ranges = {"N": (int, 1, 2**31 - 1), "COUNT": (int, 0, 2**63 - 1), "RATE": (float, 0, 1e30)}
+    ranges |= {"POSITIVE": (float, 1e-30, 1e30), "RATIO": (float, 1e-9, 1)}
+    ranges |= dict.fromkeys(("SHARE", "BETAS"), (float, 0, 1 - 1e-9))
+    types = {kind: functools.partial(number, *between) for kind, between in ranges.items()}
+    types |= dict.fromkeys(("PATH", "PATHS"), os.path.expanduser)
     for line in FLAGS.strip().splitlines():
         flag, *columns = re.split(r" *\| *", line)
         if not columns:
@@ -1663,9 +1659,10 @@ def build_parser() -> argparse.ArgumentParser:
         text += f" (default: {default})" * bool(default)
         if kind == "switch":
             group.add_argument(flag, action="store_true", help=text)
-        else:
-            more = kinds.get(kind) or {"choices": kind.split("/")}
-            group.add_argument(flag, metavar=kind, default=default or None, help=text, **more)
+            continue
+        more = {"choices": kind.split("/") if "/" in kind else None, "type": types.get(kind)}
+        more |= {"default": default or None, "nargs": {"PATHS": "+", "BETAS": 2}.get(kind)}
+        group.add_argument(flag, metavar=kind, help=text, **more)
     parser.set_defaults(betas=[0.9, 0.999])
     return parser
 
@@ -1721,6 +1718,7 @@ def check_meaning(args, given, groups) -> None:
     meant = (*MODES[modes[0]], "instead of training") if modes else (*FIXED, "run", "device")
     idle = [flag_of(name) for name in given if groups[name] not in meant and name != "out_dir"]
     what = f"with {flag_of(modes[0])}" if modes else "in training"
+    sizes = args.init_from and {"model", "init"} & given
     wrong = {
         f"{' and '.join(map(flag_of, modes))} don't go together: give one": len(modes) > 1,
         f"{' and '.join(idle)} means nothing {what}: leave it out": idle,
@@ -1728,6 +1726,7 @@ def check_meaning(args, given, groups) -> None:
         "--overwrite and --resume don't go together: give one": args.overwrite and args.resume,
         "--start-context is empty: give it at least one character": not args.start_context,
         "--fsdp needs several processes: start with torchrun": args.fsdp and not has_ranks(),
+        "--model and --init mean nothing with --init-from: leave them out": sizes,
         "--min-lr is above --lr, but the cosine falls": (args.min_lr or 0) > args.lr,
     }
     for message, holds in wrong.items():
@@ -2124,27 +2123,6 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
     return 128 + stop.signal if stop.signal else 0
 
 
-def run_command(argv, stack, stop) -> int:
-    """Do what the command line says; return the exit status."""
-    args, checkpoint = parse_arguments(argv)
-    if args.write_tokens:
-        return write_tokens(args)
-    if args.export_hf:
-        return export_hf(args)
-    device = choose_device(args.device)
-    if device.type == "cpu":
-        limit_memory(stack)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-    if args.sample is not None:
-        return sample(args, device)
-    join_ranks(device)
-    if args.eval_only:
-        return evaluate(args, device)
-    return pretrain(args, argv, checkpoint, device, stack, stop)
-
-
 def main(argv=None) -> int:
     """Do what the command line says; one line and status 2 for what the user can mend."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -2153,7 +2131,22 @@ def main(argv=None) -> int:
         keep_settings(stack)
         stop = catch_signals(stack)
         try:
-            status = run_command(argv, stack, stop)
+            args, checkpoint = parse_arguments(argv)
+            if args.write_tokens:
+                return write_tokens(args)
+            if args.export_hf:
+                return export_hf(args)
+            device = choose_device(args.device)
+            if device.type == "cpu":
+                limit_memory(stack)
+            if args.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by CUDA's start
+                torch.use_deterministic_algorithms(True)
+            if args.sample is not None:
+                return sample(args, device)
+            join_ranks(device)
+            run = args, argv, checkpoint, device, stack, stop
+            status = evaluate(args, device) if args.eval_only else pretrain(*run)
             if dist.is_initialized():
                 dist.barrier()
                 os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
