@@ -1347,12 +1347,12 @@ def load_model(path: Path):
         return content, model
     except FileNotFoundError as error:
         raise UserError(f"there is no {error.filename}: check --checkpoint or --out-dir") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is refused: it holds more than tensors, so it may run code"
-        ) from None
     except (*DAMAGE, ArithmeticError, zipfile.BadZipFile, SafetensorError) as error:
         raise UserError(f"{path} is no whole model that can be used ({reason(error)})") from None
+    except pickle.UnpicklingError as error:
+        runs_code = "it holds more than tensors, which could run code"
+        why = runs_code if "Unsupported global" in str(error) else "it is no file of torch's"
+        raise UserError(f"{path} is refused: {why}") from None
 
 
 # ----------------------------------------------------------------------------- Hugging Face's form
@@ -1960,15 +1960,18 @@ def tell(state, argv, folder, stopped) -> None:
     import shlex
     import subprocess
 
-    progress, losses, tokens = (
-        state.progress,
-        state.losses,
-        f"{state.progress.tokens_seen:,} tokens",
+    progress, losses = state.progress, state.losses
+    print(
+        f"Trained: {progress.step + 1} steps, {progress.tokens_seen:,} tokens, {state.corpus.name}"
     )
-    print(f"Trained: {progress.step + 1} steps, {tokens}, {state.corpus.name}")
     print(f"Training speed: {speed_of(progress)}")
     print(f"Peak memory: {peak_memory_mb(state.device):,.0f} MB")
     lowest, (train, val) = lowest_loss(progress.history), losses.get("final", [math.nan] * 2)
+    if val == val:
+        before = losses["initial"]
+        print(
+            f"Loss: {before[0]:.3f} -> {train:.3f} in training, {before[1]:.3f} -> {val:.3f} beyond"
+        )
     if train < losses["initial"][0] and val > 1.01 * lowest:
         worse = f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better"
         print(f"{worse}: best.pt has the weights of the lowest validation loss")
@@ -1976,16 +1979,18 @@ def tell(state, argv, folder, stopped) -> None:
     sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
     print(f"Files in {folder}: {', '.join(sizes)}")
     quoted = shlex.join if os.name == "posix" else subprocess.list2cmdline
-    script = sys.orig_argv[: -len(argv)]
+    script = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
     if script + argv != sys.orig_argv:  # Python didn't start with this command
         script = ["python", "train_gpt.py"]
     out = ["--out-dir", str(folder)] * (folder != Path("out"))
     again = [word for word in script + argv if word not in ("--resume", "--overwrite")]
     again.append("--resume")
-    print("To sample from it:", quoted(script + out + ["--sample", state.args.start_context]))
-    print("To export it:", quoted(script + out + ["--export-hf", "exported"]))
-    if not stopped:
+    if files[:1] and files[0].name in WEIGHTS:
+        print("To sample from it:", quoted(script + out + ["--sample", state.args.start_context]))
+        print("To export it:", quoted(script + out + ["--export-hf", "exported"]))
+    if not stopped and folder / "checkpoint.pt" in files:
         print("To train on:", quoted(again + state.plan.twice))
+    if not stopped:
         return
     command = quoted(again) if world_size() == 1 else "the same torchrun command with --resume"
     print(f"Stopped after step {progress.step:06d}; to go on: {command}")
@@ -2032,12 +2037,22 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
     if rank() == 0:
         tell(state, argv, folder, stop.signal or lost)
     if missing:
-        raise UserError(
-            f"{', '.join(missing)} can't be saved in {folder}: make room, then --resume"
-        )
+        raise UserError(shortfall(folder, missing))
     if lost:
         raise UserError(f"{lost}: the run is saved; put the data back, then --resume")
     return 128 + stop.signal if stop.signal else 0
+
+
+def shortfall(folder, missing) -> str:
+    """Say which files are missing, which are whole, and what goes on from these."""
+    whole = [name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
+    ways = "start anew"
+    if "checkpoint.pt" in whole:
+        ways = "then --resume goes on from the last checkpoint"
+    elif whole and whole[0] in WEIGHTS:
+        ways = f"then --init-from {folder / whole[0]} goes on from its weights"
+    kept = f"whole: {', '.join(whole) or 'none'}"
+    return f"{', '.join(missing)} can't be saved in {folder}; {kept}: make room, {ways}"
 
 
 def main(argv=None) -> int:
@@ -2047,6 +2062,7 @@ def main(argv=None) -> int:
         guard_output(stack)
         keep_settings(stack)
         stop = catch_signals(stack)
+        show("starting")
         try:
             args, checkpoint = parse_arguments(argv)
             if args.write_tokens:
