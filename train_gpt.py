@@ -1294,7 +1294,8 @@ class State:
         if (ranks := len(content["random"])) != world_size():
             raise UserError(f"{ranks} processes wrote the checkpoint: start {ranks} to resume")
         dcp, whole = state_dicts()
-        parts = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
+        parts = {"model_state_dict": content["model"]}
+        parts["optim_state_dict"] = dict(content["optimizer"])  # None would be taken for nothing
         dcp.set_state_dict(self.model, self.optimizers, **parts, options=whole)
         self.scaler.load_state_dict(content["scaler"])
         self.progress, self.losses = Progress(**content["progress"]), content["losses"]
@@ -1534,9 +1535,9 @@ sampling
 --top-k            | N        |        | sample from the k likeliest tokens (default: from all)
 """
 FIXED = "data", "model", "training"  # groups of flags that a resumed run takes from its checkpoint
-MODES = {  # what to do instead of training, and the groups of flags that mean something then
-    "sample": ("sampling", "device", "training"),
-    "eval_only": ("data", "device", "training"),
+MODES = {  # what to do instead of training, and the flags, or groups of them, that have a meaning
+    "sample": ("sampling", "device", "dtype", "seed"),
+    "eval_only": ("data", "device", "dtype", "batch_size"),
     "export_hf": (),
     "write_tokens": ("data",),
 }
@@ -1633,7 +1634,7 @@ def check_meaning(args, given, groups) -> None:
     """Raise UserError for flags that mean nothing together."""
     modes = [mode for mode in MODES if mode in given]
     meant = (*MODES[modes[0]], "instead of training") if modes else (*FIXED, "run", "device")
-    idle = [flag_of(name) for name in given if groups[name] not in meant and name != "out_dir"]
+    idle = [flag_of(name) for name in given - {"out_dir", *meant} if groups[name] not in meant]
     what = f"with {flag_of(modes[0])}" if modes else "in training"
     sizes = args.init_from and {"model", "init"} & given
     wrong = {
@@ -1679,9 +1680,9 @@ def named_model(args, device):
     if not args.checkpoint:
         paths = [Path(args.out_dir, name) for name in WEIGHTS]
         args.checkpoint = next(filter(Path.exists, paths), paths[0])
-        if rank() == 0:
-            print(f"train_gpt: using {args.checkpoint}", file=sys.stderr)
     content, model = load_model(Path(args.checkpoint))
+    if rank() == 0:
+        print(f"train_gpt: using {args.checkpoint}", file=sys.stderr)
     return content, model.to(device)
 
 
@@ -1791,7 +1792,8 @@ def status_of(state) -> str:
     progress, steps = state.progress, state.plan.steps
     done = max(1, progress.step + 1)
     left = duration(progress.train_s / done * (steps - done))
-    where = f"step {progress.step:06d} of {steps - 1:06d}, {speed_of(progress)}, {left} left"
+    step = min(progress.step + 1, steps - 1)
+    where = f"step {step:06d} of {steps - 1:06d}, {speed_of(progress)}, {left} left"
     return "{}: {} batch {} of {}".format(where, *WindowBatches.latest)
 
 
@@ -1852,6 +1854,8 @@ def train_steps(state, folder, stop) -> int:
     checkpoints, bests, every = Pace(60, 33), Pace(-1, 10), args.checkpoint_every
     rate_of = functools.partial(learning_rate, args, plan.steps)
     show(lambda: status_of(state))
+    if progress.history and progress.history[-1][0] == progress.step:
+        note_best(state, folder, bests)  # a kill may have come between checkpoint.pt and best.pt
     for loss in train(
         state.model, *state.loaders[:2], state.optimizers, state.device, plan.epochs,
         plan.eval_freq, plan.eval_iter, "", tokenizer, progress=progress, learning_rate=rate_of,
@@ -1867,20 +1871,20 @@ def train_steps(state, folder, stop) -> int:
         log.add(progress, loss, rate)
         if args.log_freq and done % args.log_freq == 0:
             print(f"Step {progress.step:06d}: loss {loss:.3f}, lr {rate:.2e}")
-        if progress.step % plan.eval_freq == 0:
-            save(folder / "losses.json", figures_of(state))
-            note_best(state, folder, bests)
         last = done >= plan.steps
         if last or (progress.batch == 0 and progress.epoch % plan.epochs_per_sample == 0):
             with state.autocast, torch.compiler.set_stance("force_eager"):
                 generate_and_print_sample(state.model, tokenizer, state.device, args.start_context)
-        if last or asked:
-            break
-        if due:
+        if (due or progress.step == 0) and not (last or asked):
             if state.best:
                 save(folder / "best.pt", state.best)
                 state.best = {}
             checkpoints.save(folder / "checkpoint.pt", state.checkpoint())
+        if progress.step % plan.eval_freq == 0:  # only now, so that no best.pt lies there alone
+            save(folder / "losses.json", figures_of(state))
+            note_best(state, folder, bests)
+        if last or asked:
+            break
     return asked
 
 
