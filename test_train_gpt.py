@@ -5,12 +5,11 @@ Most call the command in this process, as `train_gpt.main([...])`; what concerns
 (signals, kills, terminals, environments) runs `python train_gpt.py`.
 """
 
-import builtins
+import ast
 import contextlib
-import dis
+import csv
 import gzip
 import importlib
-import inspect
 import io
 import json
 import math
@@ -25,7 +24,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,12 +31,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_gpt
 from train_gpt import *
 
 torch.set_num_threads(1)  # as in the processes that tests start; faster, too, for tiny models
+STARTED = []  # processes
 SCRIPT = Path(train_gpt.__file__).resolve()
 TOKENIZER = get_tokenizer()
 SENTENCES = ["The cat sat,\n", "on the mat. ", "Every effort moves you! ", "don't\n\n", "Naïve 文"]
@@ -49,11 +49,11 @@ TINY = {"vocab_size": 97, "context_length": 16, "emb_dim": 32, "n_heads": 4, "n_
 KILLS = int(os.environ.get("KILLS", "3"))
 # With dropout, groups of batches that don't come out even, and another rate at each step.
 LONG = (
-    f"--data text.txt --epochs {KILLS + 1} --batch-size 4 --grad-accum-steps 4 --eval-freq 4 "
+    f"--data text.txt --epochs {max(2, KILLS)} --batch-size 4 --grad-accum-steps 4 --eval-freq 4 "
     "--warmup-steps 3 --min-lr 1e-5 --grad-clip 1 --checkpoint-every 3"
 )
-ENVIRONMENT = dict.fromkeys(["HTTPS_PROXY", "HTTP_PROXY"], "http://127.0.0.1:9")  # a closed port
-ENVIRONMENT |= {"NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+os.environ |= dict.fromkeys(["HTTPS_PROXY", "HTTP_PROXY"], "http://127.0.0.1:9")  # a closed port
+os.environ |= {"NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="no POSIX signals, pipes or limits")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' limits and /proc")
 needs_mkl = pytest.mark.skipif(
@@ -61,15 +61,10 @@ needs_mkl = pytest.mark.skipif(
 )
 
 
-STARTED = []  # processes
-
-
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     """Each test runs in a folder of its own, offline, with text.txt there."""
     monkeypatch.chdir(tmp_path)
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
     write("text.txt", TEXT)
     yield tmp_path
     while STARTED:
@@ -86,10 +81,14 @@ def words(*arguments):
     return [w for a in arguments for w in ([str(a)] if isinstance(a, Path) else a.split())]
 
 
+def succeed(*arguments):
+    assert train_gpt.main(words(*arguments)) == 0
+
+
 def command(*arguments, out="out"):
-    """Train in this process, which must succeed; return the content of losses.json."""
-    assert train_gpt.main(words(SIZES, *arguments, "--out-dir", out)) == 0
-    return json.loads(Path(out, "losses.json").read_text())
+    """Train a tiny model, which must succeed; return the content of losses.json."""
+    succeed(SIZES, *arguments, "--out-dir", out)
+    return read_losses(out)
 
 
 def refused(capsys, *arguments):
@@ -97,29 +96,25 @@ def refused(capsys, *arguments):
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         train_gpt.main(words(*arguments))
-    *warnings, line = capsys.readouterr().err.splitlines()
+    *notes, line = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and line.startswith("train_gpt: ")
-    assert all(line.startswith("train_gpt: warning: ") for line in warnings), warnings
+    assert all(re.match("train_gpt: (warning: |using )", note) for note in notes), notes
     return line
 
 
 def start(*arguments, **options):
-    """Start Python with these arguments; its output is text."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", **options}
-    environment = {**os.environ, **ENVIRONMENT}
-    process = subprocess.Popen([sys.executable, *words(*arguments)], env=environment, **options)
+    process = subprocess.Popen([sys.executable, *words(*arguments)], **options)
     STARTED.append(process)
     return process
 
 
 def finish(process):
-    """Return (exit status, stdout, stderr) of a started process."""
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
 def output_until(process, pattern):
-    """Return the process's output up to a line that matches pattern."""
     out = ""
     for line in process.stdout:
         out += line
@@ -129,7 +124,6 @@ def output_until(process, pattern):
 
 
 def results(out):
-    """The lines of an output that tell of losses and samples."""
     return [line for line in out.splitlines() if line.startswith(("Ep ", "Every effort", "Final"))]
 
 
@@ -137,23 +131,54 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
-def rows(folder):
-    """steps.csv without the seconds."""
-    lines = Path(folder, "steps.csv").read_text().splitlines()
-    return [line.rpartition(",")[0] for line in lines]
+def steps_of(folder):
+    """The rows of steps.csv without the seconds, numbers by their columns' names."""
+    with open(Path(folder, "steps.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in rows]
 
 
-def same_run(folder, other):
-    """Final weights bit for bit, losses byte for byte, steps."""
-    ours, theirs = weights(Path(folder, "model.pt")), weights(Path(other, "model.pt"))
-    same_weights = all(torch.equal(ours[name], weight) for name, weight in theirs.items())
-    losses = {Path(run, "losses.json").read_bytes() for run in (folder, other)}
-    return same_weights and len(losses) == 1 and rows(folder) == rows(other)
+def figures(kind, out):
+    return [float(figure) for figure in re.findall(kind + r": ([\d.]+)", out)]
+
+
+def assert_close(ours, theirs, within):
+    assert ours.keys() == theirs.keys()
+    furthest = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+    assert furthest <= within, furthest
+
+
+def assert_same_run(folder, other):
+    """Weights bit for bit, losses byte for byte, steps."""
+    for path in Path(other).glob("[mb]*.pt"):  # model, best
+        assert_close(weights(Path(folder, path.name)), weights(path), 0)
+    assert Path(folder, "losses.json").read_bytes() == Path(other, "losses.json").read_bytes()
+    assert steps_of(folder) == steps_of(other)
 
 
 def contents(folder):
-    """All that is in a folder."""
     return {path: path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")}
+
+
+@contextlib.contextmanager
+def disk_for_files_of(size):
+    """A limit on the size of files makes writing fail as a full disk does."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit for a file's size")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def read_losses(folder):
+    return json.loads(Path(folder, "losses.json").read_text())
 
 
 def tiny_model(seed=123, **changes):
@@ -162,24 +187,8 @@ def tiny_model(seed=123, **changes):
 
 
 def made_up_ids(count):
-    """The token ids of the synthetic golden figures."""
     i = torch.arange(count)
     return (7919 * i * i + 104729 * i) % 50257
-
-
-# -------------------------------------------------------------------------------------------- smoke
-def test_shapes_of_the_modules():
-    x, model = torch.randn(3, 5, 32), tiny_model()
-    assert MultiHeadAttention(32, 64, 16, 0.0, num_heads=4)(x).shape == (3, 5, 64)
-    assert TransformerBlock({**GPT_CONFIG_124M, **TINY})(x).shape == (3, 5, 32)
-    assert model(torch.zeros(3, 5, dtype=torch.int64)).shape == (3, 5, 97)
-
-
-def test_loss_begins_as_a_uniform_guess_has_it_and_falls(capsys):
-    losses = command("--data text.txt --lr 0.01 --max-steps 40")
-    assert losses["initial"] == pytest.approx([math.log(50257)] * 2, abs=0.5)
-    assert losses["final"][0] < losses["train_losses"][1] - 1 < losses["initial"][0] - 1
-    assert f"Final validation loss: {losses['final'][1]:.6f}" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------- published figures
@@ -234,7 +243,6 @@ def chapter(tmp_path_factory):
 
 
 def loaders(text, chapter, batch_size, context):
-    """The loaders to train and to validate, as the book has them."""
     cut = int(0.9 * len(text))
     for part, trains in ((text[:cut], True), (text[cut:], False)):
         options = {"shuffle": trains, "drop_last": trains}
@@ -243,7 +251,6 @@ def loaders(text, chapter, batch_size, context):
 
 @needs_mkl
 def test_published_run_begins_with_the_published_losses(chapter, fast, capsys):
-    """As in the book: loaders, model, losses, training; by the chapter alone."""
     path = SCRIPT.with_name("the-verdict.txt")
     if not path.exists():
         pytest.skip("the-verdict.txt is not beside the script: train there once with a network")
@@ -270,29 +277,21 @@ def test_published_run_begins_with_the_published_losses(chapter, fast, capsys):
 
 
 # --------------------------------------------------------------------- the chapter, piece by piece
-def globals_used(code):
-    """The names that code, and the code in it, looks up outside itself."""
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_NAME", "LOAD_GLOBAL"):
-            yield step.argval
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from globals_used(constant)
 
 
 def test_chapter_is_short_and_names_nothing_from_below(chapter):
     source = Path(chapter.__file__).read_text(encoding="utf-8")
     assert 300 < source.count("\n") <= 485
-    used = set(globals_used(compile(source, "chapter.py", "exec")))
-    known = vars(chapter).keys() | vars(builtins).keys() | vars(chapter.Progress).keys()
-    assert used - known <= {"__qualname__"}
+    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    used, bound = ({n.id for n in names if isinstance(n.ctx, c)} for c in (ast.Load, ast.Store))
+    assert not (used - bound) & (vars(train_gpt).keys() - vars(chapter).keys())
 
 
 def test_command_trains_exactly_as_the_chapter_alone_does(chapter, fast, capsys):
-    """Its loader, made for ranks and for resuming, draws what the book's DataLoader draws."""
+    """Its loader draws what the book's DataLoader draws, and saving changes nothing."""
     torch.set_num_threads(1)
-    by_command = command("--data text.txt --batch-size 4 --epochs 2 --eval-freq 3")
-    printed = results(capsys.readouterr().out)
+    run = "--data text.txt --batch-size 4 --epochs 2 --eval-freq 3 --checkpoint-every 1"
+    by_command, printed = command(run), results(capsys.readouterr().out)
     train_loader, val_loader = loaders(TEXT, chapter, 4, 8)
     torch.manual_seed(123)
     sizes = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "context_length": 8}
@@ -301,54 +300,8 @@ def test_command_trains_exactly_as_the_chapter_alone_does(chapter, fast, capsys)
     book = model, train_loader, val_loader, optimizer, "cpu", 2, 3, 5, "Every effort moves you"
     losses = chapter.train_model_simple(*book, TOKENIZER)
     assert losses == tuple(by_command[n] for n in ("train_losses", "val_losses", "tokens_seen"))
-    saved = weights("out/model.pt")
-    assert all(torch.equal(saved[name], w) for name, w in model.state_dict().items())
+    assert_close(weights("out/model.pt"), model.state_dict(), 0)
     assert results(capsys.readouterr().out) == printed[:-2]
-
-
-def test_tokenizer_is_gpt2s():
-    assert TOKENIZER.encode("Every effort moves you") == [6109, 3626, 6100, 345]
-    assert text_to_token_ids("Hello<|endoftext|>", TOKENIZER).tolist() == [[15496, 50256]]
-    assert token_ids_to_text(text_to_token_ids(TEXT, TOKENIZER), TOKENIZER) == TEXT
-    assert token_ids_to_text(torch.tensor([[15496, 50300]]), TOKENIZER) == "Hello"
-
-
-@pytest.mark.parametrize("qkv_bias", [False, True])
-def test_a_later_token_never_changes_an_earlier_logit(qkv_bias):
-    model, ids = tiny_model(qkv_bias=qkv_bias).eval(), torch.arange(16)[None]
-    for position in range(1, 16):
-        changed = ids.clone()
-        changed[0, position] = 96
-        before, after = model(ids), model(changed)
-        assert torch.equal(before[:, :position], after[:, :position])
-        assert not torch.allclose(before[:, position:], after[:, position:])
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_evaluation_has_no_dropout_and_leaves_mode_and_gradients_as_they_were(training):
-    model, batch = tiny_model(drop_rate=0.5).train(training), made_up_ids(16).view(2, 8) % 97
-    calc_loss_batch(batch, batch, model, "cpu").backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    losses = [evaluate_model(model, [(batch, batch)], [], "cpu", 1)[0] for _ in range(2)]
-    assert losses[0] == losses[1] and model.training == training
-    assert all(torch.equal(p.grad, old) for p, old in zip(model.parameters(), gradients))
-
-
-def test_plot_has_two_axes_and_shows_one_evaluation_too():
-    from matplotlib import pyplot
-
-    pyplot.switch_backend("Agg")
-    for epochs, train_losses, val_losses in (([0.5, 1.5], [3, 1], [2.5, 3]), ([1], [3], [2.5])):
-        plot_losses(epochs, [10] * len(epochs), train_losses, val_losses)
-        below, above = pyplot.gcf().axes
-        solid, dashed, lowest = below.lines
-        assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "-.")
-        assert solid.get_ydata().tolist() == train_losses
-        assert solid.get_marker() == dashed.get_marker() == "o"  # else one point is invisible
-        assert (lowest.get_xdata(), lowest.get_ydata()) == (epochs[:1], [2.5])
-        assert (below.get_xlabel(), above.get_xlabel()) == ("Epochs", "Tokens seen")
-        pyplot.close("all")
-    assert Path("loss-plot.pdf").read_bytes().startswith(b"%PDF")
 
 
 # ------------------------------------------------------------------------------------ the generator
@@ -365,6 +318,7 @@ def test_targets_of_minus_100_count_nowhere():
     inputs, targets = made_up_ids(33)[:32].view(4, 8) % 97, made_up_ids(33)[1:].view(4, 8) % 97
     targets[0, 5:] = targets[2, :7] = targets[3] = -100  # 5, 8, 1 and 0 tokens are left
     model = tiny_model(drop_rate=0.0)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     expected_gradients = torch.autograd.grad(expected, model.parameters())
     loss = calc_loss_batch(inputs, targets, model, "cpu")
@@ -377,44 +331,27 @@ def test_targets_of_minus_100_count_nowhere():
     (ours, losses), (theirs, _) = trained(rows, grad_accum_steps=4), trained([(inputs, targets)])
     assert torch.allclose(ours, theirs, atol=1e-6)
     assert losses == pytest.approx([expected.item()], abs=1e-6)
-
-
-def test_batch_without_any_target_changes_no_weight():
-    weights, losses = trained(
-        [(torch.ones(2, 8).long(), torch.full((2, 8), -100))], torch.optim.AdamW
-    )
-    before = torch.cat([p.detach().flatten() for p in tiny_model(drop_rate=0.0).parameters()])
-    assert torch.equal(weights, before) and losses == [0]
+    unchanged, losses = trained(rows[3:], torch.optim.AdamW)
+    assert torch.equal(unchanged, before) and losses == [0]
 
 
 def test_run_stopped_after_any_step_and_gone_on_with_in_a_new_process_is_the_same_run(capsys):
     """15 batches are 3 steps of an epoch, the last one of 3 batches."""
     run = "--data text.txt --epochs 2 --batch-size 8 --grad-accum-steps 6 --eval-freq 2"
-    command(run, "--max-steps 6", out="whole")
-    whole, stops, firsts = results(capsys.readouterr().out), range(1, 6), []
-    for stop in stops:
+    printed = []
+    for stop in range(1, 7):
         command(run, f"--max-steps {stop}", out=f"{stop}")
-        firsts.append(results(capsys.readouterr().out))
-    resume = "--resume --max-steps 6 --out-dir"
+        printed.append(results(capsys.readouterr().out))
+    resume, whole = f"{SCRIPT} --resume --max-steps 6 --out-dir", printed.pop()
     with ThreadPoolExecutor(2) as pool:
-        ended = list(pool.map(lambda stop: finish(start(SCRIPT, f"{resume} {stop}")), stops))
-    for stop, first, (status, out, err) in zip(stops, firsts, ended):
+        ended = list(pool.map(lambda stop: finish(start(resume, f"{stop}")), range(1, 6)))
+    for stop, first, (status, out, err) in zip(range(1, 6), printed, ended):
         assert (status, err) == (0, "")
-        assert same_run(f"{stop}", "whole")
+        assert_same_run(f"{stop}", "6")
         rest = results(out)
         assert len(rest) > 2 and rest == whole[-len(rest) :]
         evaluations = [line for line in first + rest if line.startswith("Ep")]
         assert evaluations == [line for line in whole if line.startswith("Ep")]
-
-
-def test_saving_between_two_steps_changes_nothing(capsys):
-    run, printed = "--data text.txt --batch-size 8 --epochs 2 --grad-accum-steps 2", []
-    for name, saving in (("never", ""), ("always", "--checkpoint-every 1")):
-        command(run, saving, out=name)
-        printed.append(results(capsys.readouterr().out))
-    never, always = weights("never/model.pt"), weights("always/model.pt")
-    assert all(torch.equal(never[name], always[name]) for name in never)
-    assert printed[0] == printed[1] and rows("never") == rows("always")
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -439,67 +376,32 @@ def test_cached_sampling_equals_recomputing(rows, context_size, length):
     assert torch.equal(generate(model, ids, 24, context_size, 1.5, top_k=1), expected)
 
 
-def test_filled_cache_met_by_several_tokens_is_causal():
-    model, ids, caches = tiny_model().eval(), made_up_ids(32).view(2, 16) % 97, []
-    with torch.no_grad():
-        for start, end in ((0, 4), (4, 9), (9, 10), (10, 16)):
-            logits = model(ids[:, start:end], caches)
-            torch.testing.assert_close(logits, model(ids[:, :end])[:, -1:], atol=1e-5, rtol=0)
+class Negated(GPTModel):
+    def forward(self, in_idx, caches=None):
+        return -super().forward(in_idx, caches)
 
 
-def subclass(part, forward):
-    part.__class__ = type("Own", (type(part),), {"forward": forward})
-
-
-def with_cache(self, in_idx, caches=None):
-    return GPTModel.forward(self, in_idx, caches).roll(1, -1)
-
-
-CHANGES = {
-    "hook on a block": lambda m: m.trf_blocks[0].register_forward_hook(lambda *a: -a[2]),
-    "subclass of block": lambda m: subclass(
-        m.trf_blocks[1], lambda self, x: TransformerBlock.forward(self, x.flip(-1))
-    ),
-    "subclass of model": lambda m: subclass(m, lambda self, x: with_cache(self, x)),
-    "subclass with a cache": lambda m: subclass(m, with_cache),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_sampling_follows_hooks_and_subclasses(change):
-    model, ids = tiny_model(), made_up_ids(4)[None] % 97
-    plain = greedy(model.eval(), ids, 16, 16)
-    CHANGES[change](model)
-    expected = greedy(model.eval(), ids, 16, 16)
-    assert torch.equal(generate(model, ids, 16, 16), expected)
-    assert not torch.equal(expected, plain)
-
-
-def test_sampling_goes_on_until_all_rows_have_drawn_the_end():
-    class Successor(nn.Module):
-        def forward(self, ids):
-            return F.one_hot((ids + 1) % 10, 10).float()
-
-    ids = generate(Successor(), torch.tensor([[7], [3]]), 99, 2, eos_id=9)
-    assert ids.tolist() == [[7, 8, 9, 9, 9, 9], [3, 4, 5, 6, 7, 8]]  # the first row waits
-
-
-def test_draws_repeat_with_a_generator_and_come_from_the_likeliest():
-    model, ids = tiny_model().eval(), torch.tensor([[5]]).repeat(200, 1)
-    drawn = [
-        generate(model, ids, 1, 16, 10.0, 3, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    ]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert set(drawn[0][:, 1].tolist()) == set(model(ids[:1])[0, -1].topk(3).indices.tolist())
+def test_sampling_follows_hooks_and_subclasses():
+    for change in ("hook", "subclass"):
+        model, ids = tiny_model().eval(), made_up_ids(4)[None] % 97
+        plain = greedy(model, ids, 16, 16)
+        if change == "hook":
+            model.trf_blocks[0].register_forward_hook(lambda *call: -call[2])
+        else:
+            model.__class__ = Negated
+        expected = greedy(model, ids, 16, 16)
+        assert torch.equal(generate(model, ids, 16, 16), expected)
+        assert not torch.equal(expected, plain)
 
 
 # ---------------------------------------------------------------------------------- the first run
+
+
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
     """The command in an empty folder without a network: (folder, status, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("first-run")
-    options = "--batch-size 8 --epochs 1 --eval-iter 10 --lr 0.01"
+    options = "--batch-size 8 --epochs 1 --eval-iter 10 --eval-freq 20 --lr 0.01"
     return folder, *finish(start(SCRIPT, SIZES, options, cwd=folder))
 
 
@@ -508,19 +410,15 @@ Device: cpu, float32; model: [\d,]+ parameters
 Characters: 20479$
 Batches of \(8, 8\): 80 for training, \d+ for validation
 Training loss: 1[01]\.\d+
-Ep 1 \(Step 000000\): Train loss \d+\.\d{3}, Val loss \d+\.\d{3}$
-Ep 1 \(Step 000005\): Train loss \d+\.\d{3}, Val loss \d+\.\d{3}$
+Ep 1 \(Step 000020\): Train loss \d+\.\d{3}, Val loss \d+\.\d{3}$
 Every effort moves you
 Final validation loss: \d
-Trained: 80 steps, 5,120 tokens
 Files in out: model.pt .*best.pt .*checkpoint.pt .*losses.json .*steps.csv .*loss-plot.p
-To sample from it: .*--sample
-To export it: .*--export-hf
 To train on: .*--resume
 """
 
 
-def test_first_run_without_a_network_trains_on_pythons_documentation(first_run):
+def test_first_run_trains_without_a_network_and_writes_down_what_it_printed(first_run):
     folder, status, out, err = first_run
     lines = iter(out.splitlines())
     assert status == 0 and len(err.splitlines()) == 1 and "the-verdict.txt" in err
@@ -528,30 +426,18 @@ def test_first_run_without_a_network_trains_on_pythons_documentation(first_run):
         assert any(re.match(pattern, line) for line in lines), f"no {pattern} in its place: {out}"
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", out + err)  # the status line is for terminals
     assert sorted(path.name for path in folder.iterdir()) == ["out"]
-
-
-def test_first_run_lowers_the_loss_and_writes_down_what_it_printed(first_run):
-    from matplotlib.image import imread
-
-    out = first_run[0] / "out"
-    losses = json.loads((out / "losses.json").read_text())
-    names = "epochs", "steps", "train_losses", "val_losses"
+    losses, table = read_losses(folder / "out"), steps_of(folder / "out")
     line = r"Ep (\d+) \(Step (\d+)\): Train loss ([\d.]+), Val loss ([\d.]+)"
-    for name, printed in zip(names, zip(*re.findall(line, first_run[2]))):
-        written = map(math.ceil, losses[name]) if name == "epochs" else losses[name]
-        assert list(written) == pytest.approx([float(figure) for figure in printed], abs=6e-4)
+    losses["epochs"] = [*map(math.ceil, losses["epochs"])]
+    names = "epochs", "steps", "train_losses", "val_losses"
+    for name, printed in zip(names, zip(*re.findall(line, out))):
+        assert losses[name] == pytest.approx([float(figure) for figure in printed], abs=6e-4)
     assert losses["config"]["emb_dim"] == 16 and losses["settings"]["lr"] == 0.01
-    header, *table = (row.split(",") for row in rows(out))
-    assert header == ["step", "tokens", "loss", "learning_rate", "grad_norm"]
-    assert [row[:2] + row[3:] for row in table] == [
-        [str(n), str(64 * n + 64), "0.01", ""] for n in range(80)
-    ]
-    assert float(table[-1][2]) < float(table[0][2]) - 1
-    content = torch.load(out / "model.pt", weights_only=True)
-    GPTModel(content["config"]).load_state_dict(content["model"])
-    assert (out / "loss-plot.pdf").read_bytes().startswith(b"%PDF")
-    height, width, _ = imread(out / "loss-plot.png").shape
-    assert 300 < height < width < 4000
+    for number, row in enumerate(table):
+        expected = {"step": number, "tokens": 64 * number + 64, "learning_rate": 0.01}
+        assert row == expected | {"loss": row["loss"]}
+    assert len(table) == 80 and table[-1]["loss"] < table[0]["loss"] - 1
+    assert (folder / "out/loss-plot.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_sample_command_that_it_printed_continues_the_text(first_run, monkeypatch, capsys):
@@ -561,65 +447,25 @@ def test_sample_command_that_it_printed_continues_the_text(first_run, monkeypatc
     assert typed[:2] == [sys.executable, str(SCRIPT)]
     for seed in ("1", "1", "2"):
         assert train_gpt.main([*typed[2:], *options, seed]) == 0
-        printed = capsys.readouterr()
-        assert "model.pt" in printed.err  # which model it took
-        samples.append(printed.out)
+        samples.append(capsys.readouterr().out)
     assert samples[0] == samples[1] != samples[2]
     assert samples[0].startswith("Every effort moves you") and len(samples[0]) > 60
-    assert train_gpt.main(["--sample", "-hello", "--checkpoint", "out/best.pt"]) == 0
-    assert capsys.readouterr().out.startswith("-hello")
 
 
-def figures(kind, out):
-    return [float(figure) for figure in re.findall(kind + r": ([\d.]+)", out)]
-
-
-def test_evaluation_is_one_figure_for_any_batch_size(first_run, monkeypatch, capsys):
-    monkeypatch.chdir(first_run[0])
-    for size in (1, 2, 3, 7, 999):
-        assert train_gpt.main(words(f"--eval-only --device cpu --batch-size {size}")) == 0
-        out = capsys.readouterr().out
-        losses = figures("loss", out)
-        assert losses == pytest.approx(figures(r"Final \w+ loss", first_run[2]), abs=1e-5)
-        assert figures("perplexity", out) == pytest.approx([*map(math.exp, losses)], rel=1e-4)
-
-
-def test_evaluation_takes_the_runs_own_text_or_says_that_it_is_gone(capsys):
+def test_evaluation_is_one_figure_for_any_batch_size_and_of_the_runs_own_text(capsys):
     write("own.txt", TEXT[:1500])
     final = command("--data own.txt --train-ratio 0.7 --max-steps 2")["final"]
     capsys.readouterr()
-    for data, same in (("", True), ("--data text.txt", False)):
-        assert train_gpt.main(words("--eval-only --device cpu", data)) == 0
+    for flags in ("", "--batch-size 1", "--batch-size 999", "--data text.txt"):
+        succeed("--eval-only --device cpu", flags)
         out = capsys.readouterr().out
-        assert (figures("loss", out) == pytest.approx(final, abs=1e-5)) is same
-        assert ("own.txt" if same else "text.txt") in out
+        losses = figures("loss", out)
+        assert (losses == pytest.approx(final, abs=1e-5)) == ("--data" not in flags)
+        assert figures("perplexity", out) == pytest.approx([*map(math.exp, losses)], rel=1e-4)
     for change in (lambda: write("own.txt", "Other. " * 99), Path("own.txt").unlink):
         change()
         line = refused(capsys, "--eval-only --device cpu --checkpoint out/model.pt")
         assert "own.txt" in line and "--data" in line
-
-
-def test_best_model_is_never_worse_than_the_last_by_the_measure_of_the_end(capsys):
-    """Each evaluation looks at one batch of validation data, the last one at all of them."""
-    final = command("--data text.txt --lr 0.03 --epochs 4 --eval-freq 7 --eval-iter 1")["final"]
-    capsys.readouterr()
-    assert train_gpt.main(words("--eval-only --device cpu --checkpoint out/best.pt")) == 0
-    assert figures("Validation loss", capsys.readouterr().out)[0] < final[1] - 0.005
-
-
-def test_long_run_evaluates_about_twenty_times(capsys):
-    losses = command("--data text.txt --batch-size 1 --max-steps 300")
-    assert 15 <= len(losses["steps"]) <= 25
-    assert re.search(rf"every {losses['steps'][1]}\b", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_reduced_precision_trains_like_float32(dtype):
-    run = "--data text.txt --max-steps 6 --drop-rate 0"
-    exact, rounded = command(run, out="exact"), command(run, f"--dtype {dtype}")
-    assert rounded["val_losses"] == pytest.approx(exact["val_losses"], abs=0.05)
-    assert rounded["val_losses"] != exact["val_losses"]
-    assert {w.dtype for w in weights("out/model.pt").values()} == {torch.float32}
 
 
 @needs_posix
@@ -634,26 +480,17 @@ def test_terminal_has_a_status_line_that_moves_without_escape_sequences(monkeypa
     with contextlib.suppress(OSError):  # the process has ended
         while chunk := os.read(ours, 9999):
             shown += chunk
-            if len(set(re.findall(rb"\rstep (\d+)", shown))) == 3:
+            if len(set(re.findall(rb"\rstep (\d+)", shown))) > 2:
                 process.terminate()
     os.close(ours)
     assert process.wait(60) == 143 and b"\x1b" not in shown and b"step -" not in shown
-    left = []  # on the screen
-    for line in shown.decode().replace("\r\n", "\n").split("\n"):
-        left.append("")
-        for part in line.split("\r"):
-            left[-1] = part + left[-1][len(part) :]
-    assert any(
-        re.fullmatch(r"Ep 1 \(Step 0+\): Train loss [\d.]+, Val loss [\d.]+ *", x) for x in left
-    )
-    assert not [x for x in left if re.match("step|starting|encoding|building|measuring|saving", x)]
+    assert re.search(rb"[\r\n]Ep 1 \(Step 0+\): .*, Val loss [\d.]+ *\r?\n", shown)
 
 
 # ------------------------------------------------------------------------------------------- texts
 def token_ids(*data, to="ids.bin"):
-    """The ids that --write-tokens writes."""
     Path(to).unlink(missing_ok=True)
-    assert train_gpt.main(["--data", *map(str, data), "--write-tokens", to]) == 0
+    succeed("--data", *data, "--write-tokens", to)
     return array("H", Path(to).read_bytes()).tolist()
 
 
@@ -688,11 +525,9 @@ def books(workplace):
 
 
 def test_folders_and_token_files_train_alike_and_say_what_they_took(books, capsys):
+    header = array("i", [20240520, 1, len(books), *[0] * 253])
     write("raw.bin", array("H", books))
-    write(
-        "llmc.bin",
-        bytes(array("i", [20240520, 1, len(books), *[0] * 253])) + bytes(array("H", books)),
-    )
+    write("llmc.bin", bytes(header) + bytes(array("H", books)))
     runs, outputs = [], []
     for data in ("books", "raw.bin", "llmc.bin"):
         runs.append(command(f"--data {data} --max-steps 6", out=f"out-{data}"))
@@ -704,78 +539,47 @@ def test_folders_and_token_files_train_alike_and_say_what_they_took(books, capsy
     assert f"Characters: {3 * len(TEXT) + 15}\n" in outputs[0]
 
 
-def test_file_under_many_names_is_read_once(books, workplace):
-    Path("link.txt").symlink_to(workplace / "books" / "1.txt")
-    Path("folder").symlink_to(workplace / "books")
-    names = ["books", "books/1.txt", workplace / "books/1.txt", "folder", "link.txt", "./books"]
-    assert token_ids(*names) == books
-
-
-def test_byte_order_mark_is_no_text_and_paths_may_start_with_a_tilde(monkeypatch):
+def test_file_under_many_names_is_read_once_and_its_byte_order_mark_is_no_text(books, monkeypatch):
+    Path("link.txt").symlink_to(Path("books/1.txt").resolve())
+    Path("folder").symlink_to(Path("books").resolve())
+    assert token_ids("books", Path("books/1.txt").resolve(), "folder link.txt ./books") == books
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(Path.cwd()))
     write("bom.txt", "\ufeff" + TEXT)
     assert token_ids("bom.txt") == token_ids("~/text.txt", to="home.bin") == IDS
-    assert train_gpt.main(words(SIZES, "--data ~/text.txt --max-steps 1 --out-dir ~/new")) == 0
+    succeed(SIZES, "--data ~/text.txt --max-steps 1 --out-dir ~/new")
     assert Path("new/model.pt").exists() and not Path("~").exists()
 
 
 @needs_posix
 def test_pipes_and_standard_input_are_read():
-    expected = command("--data text.txt --max-steps 3", out="file")
     os.mkfifo("pipe")
     threading.Thread(target=Path("pipe").write_bytes, args=[TEXT.encode()], daemon=True).start()
     piped = command("--data pipe --max-steps 3", out="fifo")
-    for name in ("initial", "val_losses", "final"):
-        assert piped[name] == expected[name]
+    assert piped["final"] == command("--data text.txt --max-steps 3")["final"]
     process = start(SCRIPT, "--data - --write-tokens ids.bin", stdin=subprocess.PIPE)
     process.stdin.write(TEXT)
-    status, out, err = finish(process)
-    assert (status, err) == (0, "")
+    assert finish(process)[::2] == (0, "")
     assert array("H", Path("ids.bin").read_bytes()).tolist() == IDS
 
 
-def test_windows_never_straddle_two_sources(monkeypatch):
-    """Each source counts up from a thousand of its own."""
-    for number, length in enumerate((30, 15, 7, 44), start=1):
-        write(f"{number}.bin", array("H", range(1000 * number, 1000 * number + length)))
-    seen, plain = [], train_gpt.calc_loss_batch
-
-    def calc_loss_batch(inputs, targets, *more):
-        seen.extend(torch.cat([inputs, targets[:, -1:]], dim=1).tolist())
-        return plain(inputs, targets, *more)
-
-    monkeypatch.setattr(train_gpt, "calc_loss_batch", calc_loss_batch)
-    command("--data 1.bin 2.bin 3.bin --val-data 4.bin --batch-size 1 --epochs 1")
-    assert all(window == list(range(window[0], window[0] + 9)) for window in seen)
-    assert {window[0] for window in seen} == {1000, 1008, 1016, 2000, *range(4000, 4036, 8)}
-
-
 # ----------------------------------------------------------------------------------------- mistakes
-@pytest.fixture
-def bad_files(workplace):
-    """Files that the table of mistakes names."""
-    files = {
-        "empty.txt": "", "short.txt": "Hi", "latin.txt": "naïve ".encode("latin-1") * 99,
-        "mark.txt": TEXT.encode("utf-16"), "nomark.txt": TEXT.encode("utf-16-le"),
-        "gz.txt": gzip.compress(TEXT.encode()), "copy.txt": TEXT, "text.bin": TEXT,
-        "parquet.txt": b"PAR1" * 99, "npy.bin": b"\x93NUMPY" + bytes(array("H", IDS)),
-        "uint32.bin": array("I", IDS), "short.bin": bytes(10), "odd.bin": bytes(3), "empty.bin": "",
-        "beyond.bin": b"\xff\xff" * 999, "cut.bin": array("i", [20240520, 1, 999, *[0] * 353]),
-        "file": "taken", "junk.pt": "junk" * 99, "hollow/README": "no text",
-        "held/best.pt": "of an earlier run", "held/.lock": "",
-    }  # fmt: skip
-    for name, content in files.items():
-        write(name, content)
-
-
+BAD_FILES = {
+    "empty.txt": "", "short.txt": "Hi", "latin.txt": "naïve ".encode("latin-1") * 99,
+    "mark.txt": TEXT.encode("utf-16"), "nomark.txt": TEXT.encode("utf-16-le"),
+    "gz.txt": gzip.compress(TEXT.encode()), "copy.txt": TEXT, "text.bin": TEXT,
+    "parquet.txt": b"PAR1" * 99, "npy.bin": b"\x93NUMPY" + bytes(array("H", IDS)),
+    "uint32.bin": array("I", IDS), "short.bin": bytes(10), "odd.bin": bytes(3), "empty.bin": "",
+    "beyond.bin": b"\xff\xff" * 999, "cut.bin": array("i", [20240520, 1, 999, *[0] * 353]),
+    "file": "taken", "junk.pt": "junk" * 99, "hollow/README": "no text",
+    "held/best.pt": "of an earlier run", "held/.lock": "",
+}  # fmt: skip
 MISTAKES = """
 range: --epochs 0 | --epochs -1 | --max-steps 0 | --batch-size 0 | --grad-accum-steps 0 | --lr nan
-range: --context-length 0 | --emb-dim 0 | --n-heads 0 | --n-layers 0 | --drop-rate 1 | --lr inf
-range: --drop-rate -0.1 | --drop-rate nan | --train-ratio 0 | --train-ratio 1.1 | --lr 0 | --lr -1
-range: --train-ratio nan | --warmup-steps -1 | --min-lr -1 | --betas 0.9 1 | --weight-decay -1
-range: --weight-decay nan | --grad-clip 0 | --seed -1 | --seed 9223372036854775808 | --eval-iter 0
-range: --eval-freq 0 | --log-freq 0 | --checkpoint-every 0 | --sample Hi --temperature nan
+range: --context-length 0 | --emb-dim 0 | --n-heads 0 | --n-layers 0 | --drop-rate 1 | --lr 0
+range: --drop-rate nan | --train-ratio 0 | --train-ratio 1.1 | --warmup-steps -1 | --min-lr -1
+range: --betas 0.9 1 | --weight-decay -1 | --grad-clip 0 | --seed 9223372036854775808 | --seed -1
+range: --eval-freq 0 | --log-freq 0 | --checkpoint-every 0 | --eval-iter 0
 range: --sample Hi --temperature -1 | --sample Hi --top-k 0 | --sample Hi --max-new-tokens 0
 invalid: --epochs x | --epochs 1.5 | --model gpt3 | --dtype int8
 expected: --epochs | --data | --betas 0.9
@@ -815,39 +619,27 @@ exists: --write-tokens text.txt
 file: --out-dir file | --out-dir file/below
 --overwrite: --out-dir held
 """
+if sys.platform == "linux":
+    MISTAKES += "memory: --emb-dim 20000000"
 MEANT = (line.split(": ", 1) for line in MISTAKES.strip().split("\n"))
 CASES = [(case.strip(), word) for word, cases in MEANT for case in cases.split("|")]
 
 
 @pytest.mark.parametrize("case, word", CASES)
-def test_mistake_is_refused_with_one_line_and_nothing_is_written(case, word, bad_files, capsys):
+def test_mistake_is_refused_with_one_line_and_nothing_is_written(case, word, capsys):
+    for name, content in BAD_FILES.items():
+        write(name, content)
     trains = not re.match("--(sample|eval-only|export-hf|write-tokens)", case)
     before = contents(".")
     line = refused(capsys, f"{SIZES} --data text.txt --max-steps 1" if trains else "", case)
-    assert word in line and any(part.strip("-./=") in line for part in case.split()), line
+    flag = re.findall("^[a-z]+|--[a-z-]+", case)[-1]
+    assert word in line and (flag in line or word != "range"), line
     assert contents(".") == before
-
-
-def test_too_short_validation_part_is_a_warning_and_gives_nan(capsys):
-    losses = command("--data text.txt --train-ratio 1 --max-steps 2")
-    printed = capsys.readouterr()
-    assert "Val loss nan" in printed.out and len(printed.err.splitlines()) == 1
-    assert set(losses["val_losses"]) == {None}  # JSON has no nan
-
-
-@needs_linux
-def test_model_beyond_memory_is_refused(capsys):
-    assert "memory" in refused(capsys, SIZES, "--data text.txt --emb-dim 20000000")
-
-
-def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(capsys):
-    assert "--lr" in refused(capsys, SIZES, "--data text.txt --lr 1e24 --checkpoint-every 1")
-    assert all(w.isfinite().all() for w in weights("out/checkpoint.pt").values())
-    assert not Path("out/model.pt").exists()
 
 
 # ----------------------------------------------------------------------------- folders, checkpoints
 HALF = "--data text.txt --batch-size 8 --grad-accum-steps 4 --eval-freq 3 --epochs 9"
+SIX = f"{HALF} --max-steps 6"
 
 
 @pytest.fixture(scope="module")
@@ -856,52 +648,58 @@ def both(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("both"))
         write("text.txt", TEXT)
-        command(HALF, "--max-steps 6", out="half")
+        command(SIX, out="half")
         command(HALF, "--max-steps 12", out="whole")
         return Path.cwd()
 
 
 @pytest.fixture
 def whole(both, workplace):
-    """whole/; with a copy of half/ here."""
     shutil.copytree(both / "half", workplace / "half")
     return both / "whole"
 
 
-def test_folder_that_another_run_uses_is_refused(capsys):
-    write("large.txt", TEXT * 50)
-    process = start(SCRIPT, SIZES, "--data large.txt --eval-iter 9999")
-    output_until(process, "Batches")  # then it measures for a while, and nothing is in the folder
+@needs_posix
+def test_folder_that_another_run_uses_is_refused_until_a_signal_ends_that_run(capsys):
+    write("large.txt", TEXT * 2000)
+    before = contents(".")
+    process = start(SCRIPT, SIZES, "--data large.txt --eval-iter 99999")
+    output_until(process, "Batches")  # then it measures for long, and nothing is in the folder
     for more in ("", "--overwrite", "--resume"):
-        assert "another run" in refused(capsys, SIZES, "--data text.txt", more)
-    assert process.poll() is None
+        assert "another run" in refused(capsys, SIZES, "--data text.txt --max-steps 1", more)
+    process.terminate()
+    status, _, err = finish(process)
+    assert status == 143 and len(err.splitlines()) == 1 and contents(".") == before
 
 
 def test_overwriting_replaces_the_runs_files_alone_and_only_by_a_run_that_trains(whole, capsys):
-    Path("half/notes.md").write_text("mine")
+    write("half/notes.md", "mine")
     before = contents("half")
     for bad in ("--data absent.txt", "--data text.txt --context-length 9999"):
         refused(capsys, SIZES, bad, "--out-dir half --overwrite")
         assert contents("half") == before
     run = "--data text.txt --max-steps 2 --train-ratio 1"  # so there is no best.pt
-    command(run, "--overwrite", out="half")
+    losses = command(run, "--overwrite", out="half")
+    printed = capsys.readouterr()
+    assert "Val loss nan" in printed.out and len(printed.err.splitlines()) == 1
+    assert set(losses["val_losses"]) == {None}  # JSON has no nan
     command(run, out="new")
-    assert same_run("half", "new") and not Path("half/best.pt").exists()
-    assert Path("half/notes.md").read_text() == "mine"
+    assert_same_run("half", "new")
+    assert not Path("half/best.pt").exists() and Path("half/notes.md").read_text() == "mine"
 
 
 def test_resuming_begins_a_run_where_there_is_none_and_else_goes_on(whole, capsys):
     command(HALF, "--max-steps 12 --resume")
-    assert "beginning" in capsys.readouterr().out and same_run("out", whole)
+    assert "beginning" in capsys.readouterr().out
+    assert_same_run("out", whole)
     Path("moved").mkdir()  # as a symbolic link, on a larger disk; the text at another place
     Path("half/checkpoint.pt").rename("moved/checkpoint.pt")
     Path("half/checkpoint.pt").symlink_to(Path("moved/checkpoint.pt").resolve())
-    before = Path("moved/checkpoint.pt").read_bytes()
     Path("text.txt").rename("elsewhere.txt")
     command("--resume --max-steps 12 --data elsewhere.txt", out="half")
     assert Path("half/checkpoint.pt").is_symlink()
-    assert Path("moved/checkpoint.pt").read_bytes() != before
-    assert rows("half") == rows(whole)
+    assert torch.load("moved/checkpoint.pt", weights_only=True)["progress"]["step"] == 11
+    assert steps_of("half") == steps_of(whole)
 
 
 def test_resuming_with_other_data_or_settings_is_refused(whole, capsys):
@@ -917,25 +715,15 @@ def test_resuming_with_other_data_or_settings_is_refused(whole, capsys):
     assert contents("half") == before
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("owned",)
-
-
 DAMAGES = {
     "cut short": lambda good, content: good[: len(good) // 2],
     "flipped byte": lambda good, content: good[:500000] + bytes([good[500000] ^ 1]) + good[500001:],
-    "bare pickle": lambda good, content: pickle.dumps(Malicious()),
-    "empty": lambda good, content: b"",
-    "malicious": lambda good, content: {**content, "more": Malicious()},
+    "bare pickle": lambda good, content: pickle.dumps(Code()),
+    "malicious": lambda good, content: {**content, "more": Code()},
     "other size": lambda good, content: {**content, "config": {**GPT_CONFIG_124M, "n_layers": 1}},
-    "no weights": lambda good, content: {**content, "model": {}},
-    "other object": lambda good, content: [1, 2, 3],
-    "no settings": lambda good, content: {**content, "settings": None},
-    "no progress": lambda good, content: {**content, "progress": None},
-    "no optimizer": lambda good, content: {**content, "optimizer": None},
-    "no random states": lambda good, content: {**content, "random": None},
 }
+for part in ("settings", "progress", "optimizer", "random"):
+    DAMAGES[f"no {part}"] = lambda good, content, part=part: {**content, part: None}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -953,27 +741,20 @@ def test_bad_checkpoint_is_refused_and_runs_no_code(damage, whole, capsys):
 def test_full_disk_leaves_old_files_whole_and_the_last_line_says_what_is_missing(
     megabytes, missing, whole, capsys
 ):
-    """A limit on the size of files makes writing fail as a full disk does."""
-    import resource
-
-    before, limits = contents("half"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes << 20, limits[1]))
-    try:
+    before, message = contents("half"), "(.*) can't be saved in half; whole: (.*): make room, "
+    with disk_for_files_of(megabytes << 20):
         line = refused(capsys, "--resume --max-steps 12 --out-dir half")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    after = contents("half")
-    for name in ("model.pt", "best.pt", "checkpoint.pt"):
-        lost = name in [*missing, "checkpoint.pt"]
-        assert (name in line) == lost
-        assert (after[Path("half", name)] == before[Path("half", name)]) == lost
+    lost, kept = (names.split(", ") for names in re.match("train_gpt: " + message, line).groups())
+    after, missing = contents("half"), {*missing, "checkpoint.pt"}
+    assert set(lost) == missing and kept[:3] == ["model.pt", "best.pt", "checkpoint.pt"]
+    for name in kept[:3]:
+        assert (after[Path("half", name)] == before[Path("half", name)]) == (name in missing)
     assert after.keys() == before.keys()
 
 
 # --------------------------------------------------------------------------------- interrupted
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """(out-dir, results) of a run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write(folder / "text.txt", TEXT)
     status, out, err = finish(start(SCRIPT, SIZES, LONG, cwd=folder))
@@ -1014,31 +795,18 @@ def test_run_disturbed_in_any_way_saves_all_and_goes_on_exactly(way, undisturbed
         capsys.readouterr()
         assert train_gpt.main(typed[2:]) == 0
         assert lost or results(before + out + capsys.readouterr().out) == undisturbed[1]
-    assert same_run("out", undisturbed[0])
+    assert_same_run("out", undisturbed[0])
 
 
 @needs_posix
-@pytest.mark.parametrize("stage", ["reading", "encoding", "measuring"])
-def test_signal_before_training_ends_at_once_and_leaves_nothing(stage):
-    os.mkfifo("pipe")
-    write("large.txt", TEXT * 50)
+def test_signal_while_encoding_ends_at_once_and_leaves_nothing():
     write("huge.txt", TEXT * 5000)
-    before, writer = set(Path().rglob("*")), contextlib.nullcontext()
-    if stage == "reading":
-        process = start(SCRIPT, SIZES, "--data pipe --max-steps 1")
-        writer = open("pipe", "wb")  # noqa: SIM115
-    elif stage == "encoding":
-        process = start(SCRIPT, "--data huge.txt --write-tokens ids.bin")
-        while process.poll() is None and set(Path().rglob("*")) == before:
-            time.sleep(0.01)
-    else:
-        process = start(SCRIPT, SIZES, "--data large.txt --eval-iter 9999")
-        output_until(process, "Batches")
-    with writer:
-        process.terminate()
-        status, _, err = finish(process)
-    assert status == 143 and len(err.splitlines()) == 1
-    assert set(Path().rglob("*")) == before
+    process, before = start(SCRIPT, "--data huge.txt --write-tokens ids.bin"), contents(".")
+    while process.poll() is None and contents(".").keys() == before.keys():
+        time.sleep(0.01)
+    process.terminate()
+    status, _, err = finish(process)
+    assert status == 143 and len(err.splitlines()) == 1 and contents(".") == before
 
 
 @needs_posix
@@ -1053,7 +821,7 @@ def test_kill_9_at_random_moments_loses_nothing(undisturbed):
         killed += finish(process)[0] == -signal.SIGKILL
     assert killed >= min(2, KILLS)  # a very fast machine is done before
     command(LONG, "--resume")
-    assert same_run("out", undisturbed[0])
+    assert_same_run("out", undisturbed[0])
 
 
 @pytest.mark.parametrize("moment", ["evaluate_model", "generate_and_print_sample"])
@@ -1071,76 +839,412 @@ def test_token_file_that_is_cut_while_training_ends_it_saved(moment, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, moment, cut_and_call)
-        assert "ids.bin" in refused(capsys, SIZES, run)
+        line = refused(capsys, SIZES, run)
+    assert "ids.bin" in line and "saved" in line and Path("out/checkpoint.pt").exists()
     write("ids.bin", array("H", IDS))
     command(run, "--resume")
-    assert same_run("out", "undisturbed")
+    if moment != "evaluate_model":  # the evaluation that failed isn't made up for
+        assert_same_run("out", "undisturbed")
 
 
 # ------------------------------------------------------------------------------------ surroundings
 def surroundings():
-    """What a run must leave as it was."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     return handlers, settings, sys.stdout, sys.stderr, torch.get_rng_state().tolist()
 
 
-SIX = "--data text.txt --max-steps 6 --eval-freq 2"
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """The folder of a plain run of six steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("plain"))
-        write("text.txt", TEXT)
-        command(SIX)
-        return Path("out").absolute()
-
-
-def test_run_in_a_process_can_be_repeated_and_leaves_no_trace_there(plain):
-    before = surroundings()
-    other = command(SIX, "--deterministic --seed 7", out="other")
-    assert command(SIX)["val_losses"] != other["val_losses"]
-    assert surroundings() == before and same_run("out", plain)
-
-
-def test_run_needs_neither_the_main_thread_nor_a_console(plain, monkeypatch):
+def test_run_leaves_no_trace_and_needs_no_main_thread_and_no_console(both, monkeypatch):
+    before, written = surroundings(), io.StringIO()
+    command(SIX, "--deterministic --seed 7", out="other")
     thread = threading.Thread(target=command, args=[SIX], kwargs={"out": "thread"})
     thread.start()
     thread.join()
-    written = io.StringIO()
     for name, stream in (("none", None), ("string", written)):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
             command(SIX, out=name)
-    assert "Ep 1 (Step 000000)" in written.getvalue()
-    assert all(same_run(name, plain) for name in ("thread", "none", "string"))
+    for name in ("thread", "none", "string"):
+        assert_same_run(name, both / "half")
+    assert "Ep 1 (Step 000000)" in written.getvalue() and surroundings() == before
+    assert read_losses("other")["val_losses"] != read_losses("none")["val_losses"]
 
 
-def test_run_does_not_depend_on_its_environment(plain, monkeypatch):
+def test_run_does_not_depend_on_its_environment(both, monkeypatch):
     changes = {"MPLBACKEND": "absent", "RANK": "0", "PYTHONWARNINGS": "error", "LC_ALL": "C"}
     for name, value in (changes | {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HOME", raising=False)
     assert finish(start(SCRIPT, SIZES, SIX))[::2] == (0, "")
-    assert same_run("out", plain) and Path("out/loss-plot.png").exists()
+    assert_same_run("out", both / "half")
+    assert Path("out/loss-plot.png").exists()
 
 
-def test_run_needs_no_docstrings(plain, monkeypatch):
-    """Compiled as by python -OO, which would first compile all of torch anew."""
-    stripped = types.ModuleType("stripped")
-    monkeypatch.setitem(sys.modules, "stripped", stripped)
-    source = SCRIPT.read_text(encoding="utf-8")
-    exec(compile(source, str(SCRIPT), "exec", optimize=2), vars(stripped))
-    assert stripped.GPTModel.__doc__ is None
-    assert stripped.main(words(SIZES, SIX)) == 0 and same_run("out", plain)
+# --------------------------------------------------------------------------------- weights, in, out
+OURS = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2}
+FROM = "--init-from theirs --data short.txt --device cpu"
+VARIANTS = (
+    "new, bare, buffers, tied, float16, padded, bin, saved tied, saved shards, saved bfloat16"
+)
+GPT2 = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257,
+    "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "tie_word_embeddings": False,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
 
 
-def test_without_matplotlib_there_is_a_warning_and_no_plot(monkeypatch, capsys):
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    command("--data text.txt --max-steps 1")
-    printed = capsys.readouterr()
-    assert len(printed.err.splitlines()) == 1 and "matplotlib" in printed.err
-    assert not Path("out/loss-plot.png").exists()
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers isn't installed")
+
+
+def gpt2_weights(vocab_size=50257):
+    """Random weights for GPT2 by Hugging Face's names; no bias is 0, no LayerNorm 1."""
+    vectors = {"ln_1": 16, "ln_2": 16, "attn.c_attn": 48, "attn.c_proj": 16, "mlp.c_fc": 64}
+    shapes = {"wte.weight": (vocab_size, 16), "wpe.weight": (16, 16)}
+    for name, width in [(f"h.{n}.{k}", v) for n in (0, 1) for k, v in vectors.items()]:
+        shapes[f"{name}.weight"] = (width,) if "ln" in name else (16, width)
+        shapes[f"{name}.bias"] = (width,)
+    for h in ("h.0", "h.1"):
+        shapes |= {f"{h}.mlp.c_proj.weight": (64, 16), f"{h}.mlp.c_proj.bias": (16,)}
+    shapes |= {"ln_f.weight": (16,), "ln_f.bias": (16,)}
+    torch.manual_seed(5)
+    state = {f"transformer.{n}": 0.3 * torch.randn(shape) for n, shape in shapes.items()}
+    state |= {n: 1 + w for n, w in state.items() if re.search(r"ln_.\.weight", n)}
+    return state | {"lm_head.weight": 0.3 * torch.randn(vocab_size, 16)}
+
+
+def write_gpt2(folder, state, form="model.safetensors", **changes):
+    Path(folder).mkdir()
+    Path(folder, "config.json").write_text(json.dumps(GPT2 | changes))
+    (torch.save if form.endswith(".bin") else save_file)(state, Path(folder, form))
+
+
+def windows_of(text):
+    """(inputs, targets) of a text, each window of 16 where the last one ended."""
+    ids = torch.tensor(TOKENIZER.encode(text))
+    rows = torch.stack([ids[i : i + 17] for i in range(0, len(ids) - 16, 16)])
+    return rows[:, :-1], rows[:, 1:]
+
+
+def losses_of(model):
+    """The mean losses of both parts of short.txt, by a model of transformers."""
+    with torch.no_grad():
+        parts = [(model(x).logits, y) for x, y in map(windows_of, (TEXT[:900], TEXT[900:1000]))]
+    return [F.cross_entropy(logits.flatten(0, 1), y.flatten()).item() for logits, y in parts]
+
+
+@pytest.fixture
+def short():
+    """short.txt; the first windows of it."""
+    write("short.txt", TEXT[:1000])
+    return [part[:4] for part in windows_of(TEXT[:900])]
+
+
+@pytest.fixture
+def theirs(short):
+    """A folder of that name with a GPT-2 as it is written today; return its weights."""
+    write_gpt2("theirs", gpt2_weights())
+    return gpt2_weights()
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_exported_model_is_the_same_in_transformers(qkv_bias, transformers, short, capsys):
+    config = GPT_CONFIG_124M | OURS | {"qkv_bias": qkv_bias, "drop_rate": 0.2}
+    model = GPTModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    torch.save({"config": config, "model": model.state_dict()}, "ours.pt")
+    succeed("--export-hf exported --checkpoint ours.pt")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, notes = load("exported", output_loading_info=True)
+    assert not any(notes.values()), notes
+    assert theirs.config.resid_pdrop == theirs.config.attn_pdrop == 0.2
+    capsys.readouterr()
+    succeed("--eval-only --data short.txt --device cpu --checkpoint ours.pt")
+    assert figures("loss", capsys.readouterr().out) == pytest.approx(losses_of(theirs), abs=2e-5)
+    torch.testing.assert_close(theirs(short[0]).logits, model(short[0]), atol=1e-5, rtol=0)
+    greedy = theirs.generate(short[0][:1, :6], max_new_tokens=10, do_sample=False)
+    assert torch.equal(greedy, generate_text_simple(model, short[0][:1, :6], 10, 16))
+    tokenizer = transformers.AutoTokenizer.from_pretrained("exported")
+    text = f"{TEXT}{END_OF_TEXT} 12,5\n\n\n x"
+    ids = TOKENIZER.encode(text, allowed_special={END_OF_TEXT})
+    assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == 50256
+
+
+def test_export_takes_no_folder_in_use_and_leaves_none_that_looks_whole(theirs, capsys):
+    write("mine/notes", "kept")
+    before = contents(".")
+    assert "mine" in refused(capsys, "--export-hf mine --checkpoint theirs")
+    with disk_for_files_of(3_000_000):
+        refused(capsys, "--export-hf exported --checkpoint theirs")
+    assert contents(".") == before
+    succeed("--export-hf exported --checkpoint theirs")
+    assert_close(load_file("exported/model.safetensors"), theirs, 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.split(", "))
+def test_gpt2_folder_has_the_loss_that_transformers_gives(variant, transformers, short, capsys):
+    state = gpt2_weights(50304 if variant == "padded" else 50257)
+    changes = {"vocab_size": len(state["lm_head.weight"]), "tie_word_embeddings": "tied" in variant}
+    if "tied" in variant:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    if "float16" in variant:
+        dtype = getattr(torch, variant.removeprefix("saved "))
+        state = {name: weight.to(dtype) for name, weight in state.items()}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | changes)).eval()
+    model.load_state_dict(state)
+    losses = losses_of(model)
+    if "saved" in variant:
+        size = "2MB" if "shards" in variant else "50GB"
+        model.to(state["lm_head.weight"].dtype).save_pretrained("theirs", max_shard_size=size)
+        assert len([*Path("theirs").glob("*.safetensors")]) == (3 if "shards" in variant else 1)
+    else:
+        if variant == "tied":
+            del state["lm_head.weight"]
+        if variant == "bare":
+            state = {name.removeprefix("transformer."): weight for name, weight in state.items()}
+        for h in ("transformer.h.0.attn.", "transformer.h.1.attn."):
+            if variant in ("buffers", "bin"):
+                state[f"{h}bias"] = torch.ones(1, 1, 16, 16).tril().byte()
+                state[f"{h}masked_bias"] = torch.tensor(-1e4)
+        form = "pytorch_model.bin" if variant == "bin" else "model.safetensors"
+        write_gpt2("theirs", state, form, **changes)
+    succeed("--eval-only --data short.txt --device cpu --checkpoint theirs")
+    assert figures("loss", capsys.readouterr().out) == pytest.approx(losses, abs=2e-5)
+
+
+UNLIKE = """
+activation_function="relu" | n_inner=32 | layer_norm_epsilon=1e-6 | scale_attn_weights=false
+scale_attn_by_inverse_layer_idx=true | model_type="llama" | vocab_size=1000 | h.1.ln_2.bias
+attn.c_attn.weight | mlp.c_proj.weight | model.safetensors cut | model.safetensors absent
+pytorch_model.bin cut | pytorch_model.bin pickled | config.json html | config.json absent
+"""
+
+
+@pytest.mark.parametrize("case", re.split(r" \| |\n", UNLIKE.strip()))
+def test_what_the_model_cannot_compute_or_read_is_refused_by_name(case, capsys):
+    (field, _, value), (file, _, damage) = case.partition("="), case.partition(" ")
+    state = gpt2_weights(1000 if field == "vocab_size" else 50257)
+    for name in [name for name in state if name.endswith(case)]:
+        weight = state.pop(name)  # missing, or as nn.Linear has it
+        state |= {name: weight.T.contiguous()} if weight.dim() == 2 else {}
+    form = file if file == "pytorch_model.bin" else "model.safetensors"
+    write_gpt2("theirs", state, form, **({field: json.loads(value)} if value else {}))
+    path = Path("theirs", file)
+    if damage == "absent":
+        path.unlink()
+    elif damage:
+        torch.save({"x": Code()}, "code.pt")
+        bad = {"cut": path.read_bytes()[:-9], "html": b"<!DOCTYPE html>" * 99}
+        path.write_bytes(bad.get(damage) or Path("code.pt").read_bytes())
+    word, before = file if damage == "absent" else "" if damage else field, contents(".")
+    for use in ("--init-from theirs --data text.txt", "--sample Hi --checkpoint theirs"):
+        line = refused(capsys, use, "--device cpu --out-dir out")
+        assert word in line and "theirs" in line, line
+    assert contents(".") == before  # no out, and no code has run
+
+
+def test_training_goes_on_from_weights_and_resumes_without_their_file(theirs, capsys):
+    succeed("--eval-only --data short.txt --device cpu --checkpoint theirs")
+    losses = figures("loss", capsys.readouterr().out)
+    succeed(FROM, "--max-steps 4 --out-dir whole")
+    succeed(FROM, "--max-steps 2")
+    Path("theirs").rename("elsewhere")
+    succeed(FROM, "--max-steps 4 --resume")
+    assert_same_run("out", "whole")
+    assert read_losses("out")["initial"] == pytest.approx(losses, abs=2e-5)
+    assert read_losses("out")["final"][0] < losses[0] - 0.05  # it has trained
+
+
+def test_sizes_come_from_the_weights_but_context_and_dropout_may_be_less(theirs, capsys):
+    succeed(FROM, "--context-length 8 --drop-rate 0.2 --max-steps 1 --lr 1e-30")
+    model = torch.load("out/model.pt", weights_only=True)
+    assert torch.equal(model["model"]["pos_emb.weight"], theirs["transformer.wpe.weight"][:8])
+    assert (model["config"]["context_length"], model["config"]["drop_rate"]) == (8, 0.2)
+    for size in ("--emb-dim 32", "--n-layers 3", "--n-heads 4", "--context-length 17"):
+        assert size.split()[0] in refused(capsys, FROM, size, "--max-steps 1 --out-dir new")
+    assert "--model" in refused(capsys, FROM, "--model tiny --max-steps 1 --out-dir new")
+    assert not Path("new").exists()
+
+
+def test_gradients_of_a_step_are_those_of_transformers(transformers, theirs, short):
+    """Seen as what one step of plain gradient descent takes off each weight, by its name there."""
+    succeed(FROM, "--max-steps 1 --lr 1e-30")
+    content = torch.load("out/model.pt", weights_only=True)
+    model = GPTModel(content["config"])
+    model.load_state_dict(content["model"])
+    sgd = torch.optim.SGD(model.parameters(), lr=1)
+    train_model_simple(model, [short], [short], sgd, "cpu", 1, 9, 1, "", TOKENIZER)
+    torch.save({"config": content["config"], "model": model.state_dict()}, "after.pt")
+    succeed("--export-hf after --checkpoint after.pt")
+    after = load_file("after/model.safetensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained("theirs").eval()
+    F.cross_entropy(model(short[0]).logits.flatten(0, 1), short[1].flatten()).backward()
+    ours = {name: weight - after[name] for name, weight in theirs.items()}
+    assert max(gradient.abs().max() for gradient in ours.values()) > 0.1
+    assert_close(ours, {name: p.grad for name, p in model.named_parameters()}, 1e-6)
+
+
+def test_state_dict_of_the_books_model_loads():
+    """It has other names, three weights for our one in attention, and masks."""
+    ours, loaded = tiny_model(qkv_bias=True), tiny_model(qkv_bias=True)
+    book = {f"trf_blocks.{n}.att.mask": torch.ones(16, 16).triu(1) for n in (0, 1)}
+    for name, weight in ours.state_dict().items():
+        weight += torch.randn_like(weight)
+        name = name.replace("ff.", "ff.layers.")
+        if "norm" in name:
+            name = name.replace("weight", "scale").replace("bias", "shift")
+        parts = zip(("query", "key", "value"), weight.chunk(3)) if "qkv" in name else [("", weight)]
+        book |= {name.replace("qkv", f"W_{part}"): own for part, own in parts}
+    known = {"final_norm.shift", "trf_blocks.0.ff.layers.2.bias", "trf_blocks.1.att.W_key.weight"}
+    assert known < book.keys()
+    loaded.load_state_dict(book)
+    assert_close(loaded.state_dict(), ours.state_dict(), 0)
+
+
+# ----------------------------------------------------------------------------------------- learning
+def test_gpt2s_weights_at_first_and_muon_for_the_matrices_of_the_blocks_alone():
+    sizes = "--emb-dim 64 --n-layers 8 --n-heads 2 --context-length 64 --qkv-bias --max-steps 1"
+    succeed(sizes, "--data text.txt --device cpu --init gpt2 --lr 1e-30 --optimizer muon")
+    states = torch.load("out/checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    for name, weight in weights("out/model.pt").items():
+        if name.endswith("bias"):
+            assert weight.abs().max() < 1e-20, name
+        elif "norm" in name:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        else:
+            adds = name.endswith(("att.out_proj.weight", "ff.2.weight"))  # to the residual stream
+            assert weight.std().item() == pytest.approx(0.02 / (4 if adds else 1), rel=0.05), name
+        muon = name.startswith("trf_blocks.") and weight.dim() == 2
+        assert ("momentum_buffer" in states[name], "exp_avg" in states[name]) == (muon, not muon)
+
+
+def test_the_rate_warms_up_and_ends_at_its_minimum(capsys):
+    command("--data text.txt --max-steps 12 --lr 1e-3 --warmup-steps 4 --min-lr 1e-4")
+    rates = [row["learning_rate"] for row in steps_of("out")]
+    assert rates[:5] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+    assert rates[7] + rates[8] == pytest.approx(1.1e-3) and rates[-1] == pytest.approx(1e-4)
+    for flags in ("--min-lr 1e-3", "--warmup-steps 6", "--warmup-steps 7"):
+        line = refused(capsys, SIZES, "--data text.txt --max-steps 6 --out-dir refused", flags)
+        assert flags.split()[0] in line and not Path("refused").exists()
+
+
+def test_resuming_and_recomputing_under_muon_give_the_same_bits(monkeypatch):
+    calls, forward = [], nn.GELU.forward
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, x: calls.append(0) or forward(self, x))
+    run = "--data text.txt --batch-size 4 --optimizer muon --init gpt2 --lr 0.01 --max-steps"
+    counts = []
+    for out, flags in (("kept", "8"), ("cut", "3"), ("cut", "8 --resume"), ("again", "8")):
+        calls.clear()
+        command(run, flags, "--recompute" if out == "again" else "", out=out)
+        counts.append(len(calls))
+    assert_same_run("cut", "kept")
+    assert_close(weights("again/model.pt"), weights("kept/model.pt"), 0)
+    assert steps_of("again") == steps_of("kept")
+    assert counts[3] - counts[0] == 16  # two blocks a step once more
+
+
+def test_reduced_precisions_train_like_float32():
+    losses = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        command("--data text.txt --max-steps 6 --drop-rate 0 --lr 0.02 --dtype", dtype, out=dtype)
+        losses[dtype] = [row["loss"] for row in steps_of(dtype)]
+        assert {w.dtype for w in weights(f"{dtype}/model.pt").values()} == {torch.float32}
+        assert losses[dtype] == pytest.approx(losses["float32"], abs=0.05)
+    assert losses["bfloat16"] != losses["float32"] != losses["float16"]
+
+
+# -------------------------------------------------------------------------------------------- ranks
+def start_ranks(*arguments):
+    """Start the command in two processes; each leaves its id in a file, pid-0 or pid-1."""
+    script = shlex.join([sys.executable, str(SCRIPT), *words(*arguments)])
+    write("each.sh", f"echo $$ >pid-$RANK; exec {script}")
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python sh each.sh"
+    return start(launch)
+
+
+def ranks(*arguments):
+    status, out, err = finish(start_ranks(*arguments))
+    assert status == 0, err
+    return out
+
+
+def send_after(rows, number, process):
+    """Signal rank 1 once so many steps are written down; return what `finish` does."""
+    path = Path("out/steps.csv")
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") > rows):
+        time.sleep(0.01)
+    os.kill(int(Path("pid-1").read_text()), number)
+    result = finish(process)
+    for name in ("pid-0", "pid-1"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(Path(name).read_text()), 0)
+    return result
+
+
+@pytest.fixture
+def ranked(workplace):
+    """Flags of a run that has uneven groups of batches, ragged ends of both parts, clipping."""
+    for name, windows in (("train", 22), ("val", 9)):  # 5 batches of 4, and 4 + 4 + 1
+        write(f"{name}.bin", array("H", (made_up_ids(8 * windows + 4) % 1000).tolist()))
+    data = "--data train.bin --val-data val.bin --eval-iter 99 --eval-freq 10 --epochs 10"
+    rates = "--lr 3e-3 --warmup-steps 5 --min-lr 1e-4 --grad-clip 0.5 --grad-accum-steps 2"
+    return f"{SIZES} {data} {rates} --drop-rate 0"
+
+
+@needs_posix
+def test_one_process_and_two_follow_one_curve(ranked):
+    succeed(ranked, "--batch-size 4 --out-dir one")
+    ranks(ranked, "--batch-size 2 --out-dir two")
+    out = ranks(ranked, "--batch-size 2 --fsdp --out-dir sharded")
+    assert out.count("Ep 1 (Step 000000)") == 1
+    one = read_losses("one")
+    assert len(steps_of("one")) == 30 and one["final"][0] < one["initial"][0] - 0.5
+    for other in ("two", "sharded"):
+        for part in ("tokens_seen", "train_losses", "val_losses", "initial", "final"):
+            assert read_losses(other)[part] == pytest.approx(one[part], abs=1e-5), part
+        assert_close(weights(f"{other}/model.pt"), weights("one/model.pt"), 1e-5)
+        for row, of_one in zip(steps_of(other), steps_of("one"), strict=True):
+            assert row == pytest.approx(of_one, abs=1e-5, rel=1e-4)  # sums of 10^6 squares
+
+
+@needs_posix
+def test_one_rank_killed_or_signalled_ends_all_and_the_run_goes_on_bit_for_bit(ranked, capsys):
+    run = f"{ranked} --drop-rate 0.1 --batch-size 2 --fsdp --checkpoint-every 2"
+    ranks(run, "--out-dir whole")
+    status, *_ = send_after(7, signal.SIGKILL, start_ranks(run))
+    assert status != 0 and not Path("out/model.pt").exists()
+    assert "2 processes" in refused(capsys, "--resume --device cpu")
+    status, out, _ = send_after(15, signal.SIGTERM, start_ranks(run, "--resume"))
+    assert status != 0 and "Resuming after step" in out and "Stopped after step" in out
+    states = torch.load("out/checkpoint.pt", weights_only=True)["random"]
+    assert not torch.equal(states[0]["cpu"], states[1]["cpu"])  # each draws masks of its own
+    ranks("--resume")
+    assert_same_run("out", "whole")
+
+
+@needs_posix
+def test_two_sharded_ranks_under_muon_go_on_from_weights_as_one_does(ranked, theirs):
+    run = re.sub("--context-length 8|--epochs 10", "", ranked)
+    run += " --init-from theirs --optimizer muon --max-steps 10"
+    succeed(run, "--batch-size 4 --out-dir one")
+    ranks(run, "--batch-size 2 --fsdp")
+    ours, one = read_losses("out"), read_losses("one")
+    assert ours["initial"] == pytest.approx(one["initial"], abs=1e-5)
+    assert ours["final"] == pytest.approx(one["final"], abs=1e-3)
+    assert ours["final"][0] < ours["initial"][0] - 0.1
+    assert_close(weights("out/model.pt"), weights("one/model.pt"), 5e-3)  # bfloat16's rounding
+
+
+@needs_posix
+@pytest.mark.parametrize("flags, word", [("--lr 1e24", "lower --lr"), ("--batch-size 99", "22")])
+def test_what_goes_wrong_on_all_ranks_is_said_once(flags, word, ranked):
+    run = re.sub("--lr 3e-3 --warmup-steps 5 --min-lr 1e-4 --grad-clip 0.5", "", ranked)
+    status, _, err = finish(start_ranks(run, flags, "--checkpoint-every 1"))
+    lines = [line for line in err.splitlines() if line.startswith("train_gpt: ")]
+    assert status != 0 and len(lines) == 1 and word in lines[0], err
+    assert not Path("out/model.pt").exists()
+    if "--lr" in flags:  # the last good checkpoint is kept
+        assert all(w.isfinite().all() for w in weights("out/checkpoint.pt").values())

@@ -205,8 +205,8 @@ class GPTModel(nn.Module):
         end = past + in_idx.shape[1]
         if end > self.pos_emb.num_embeddings:
             raise ValueError(f"{end} tokens, but the context holds {self.pos_emb.num_embeddings}")
-        positions = torch.arange(past, end, device=in_idx.device)
-        x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))  # (B, T, emb)
+        positions = self.pos_emb(torch.arange(past, end, device=in_idx.device))
+        x = self.drop_emb(self.tok_emb(in_idx) + positions)  # (B, T, emb)
         for number, block in enumerate(self.trf_blocks):
             x = block(x) if caches is None else block(x, caches[number])
         if caches is not None:
@@ -235,10 +235,11 @@ def calc_loss_batch(input_batch, target_batch, model, device):
 
     input_batch, target_batch: token ids `[batch, tokens]`; targets of -100 don't count. In float32.
     """
+    any_counts = (target_batch != IGNORED).any()
     input_batch, target_batch = input_batch.to(device), target_batch.to(device)
     logits = model(input_batch).flatten(0, 1).float()  # (B * T, vocab)
-    nats = F.cross_entropy(logits, target_batch.flatten(), ignore_index=IGNORED, reduction="sum")
-    return nats / (target_batch != IGNORED).sum().clamp(min=1)
+    loss = F.cross_entropy(logits, target_batch.flatten(), ignore_index=IGNORED)
+    return loss if any_counts else 0.0 * logits.sum()
 
 
 def calc_loss_loader(data_loader, model, device, num_batches=None) -> float:
@@ -353,8 +354,7 @@ def train_model_simple(
     """
     progress = options.setdefault("progress", Progress())
     run = device, num_epochs, eval_freq, eval_iter, start_context, tokenizer
-    for _ in train(model, train_loader, val_loader, optimizer, *run, **options):
-        pass
+    list(train(model, train_loader, val_loader, optimizer, *run, **options))
     return tuple([entry[column] for entry in progress.history] for column in (3, 4, 2))
 
 
@@ -461,8 +461,8 @@ def plot_losses(
 
     if show:
         from matplotlib import pyplot
-    new_figure = pyplot.figure if show else figure.Figure
-    picture = new_figure(figsize=(6.5, 4.3), layout="constrained")
+    make = pyplot.figure if show else figure.Figure
+    picture = make(figsize=(6.5, 4.3), layout="constrained")
     axes = picture.add_subplot()
     dots = {"marker": "o", "markersize": 3} if len(epochs_seen) < 30 else {}
     axes.plot(epochs_seen, train_losses, label="Training loss", **dots)
@@ -471,7 +471,7 @@ def plot_losses(
     for loss, epoch in sorted(measured)[:1]:
         axes.plot(epoch, loss, "ro", ms=9, fillstyle="none", label=f"Lowest validation: {loss:.3f}")
     axes.set(xlabel="Epochs", ylabel="Loss (nats per token)")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=max(epochs_seen, default=0) > 2))
+    axes.xaxis.get_major_locator().set_params(integer=max(epochs_seen, default=0) > 2)
     picture.legend(loc="outside lower center", ncols=3, frameon=False)
     tokens_axes = axes.twiny()  # an invisible line stretches the second axis to the tokens
     tokens_axes.plot(tokens_seen, train_losses, alpha=0)
@@ -695,13 +695,13 @@ def claim(folder: Path, args, stack) -> None:
             for path in made:
                 path.rmdir()
 
-    stack.callback(leave)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"another run is using {folder}: name another --out-dir") from None
     except NotImplementedError:
         warn(f"{folder} can't be locked: let no other run use it")
+    stack.callback(leave)
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
         ways = "go on with it by --resume, replace it by --overwrite, or name another --out-dir"
@@ -741,11 +741,12 @@ class Pace:
     def due(self) -> bool:
         return time.monotonic() > self.next
 
-    def save(self, path, content) -> None:
+    def save(self, path, content) -> bool:
         start = time.monotonic()
-        save(path, content)
+        saved = save(path, content)
         cost_s = time.monotonic() - start
         self.next = start + cost_s + max(self.least_s, self.times_cost * cost_s)
+        return saved
 
 
 # -------------------------------------------------------------------------------------------- texts
@@ -1679,7 +1680,10 @@ def named_model(args, device):
     """Return (content, model) of --checkpoint, or of what --out-dir holds. Raises UserError."""
     if not args.checkpoint:
         paths = [Path(args.out_dir, name) for name in WEIGHTS]
-        args.checkpoint = next(filter(Path.exists, paths), paths[0])
+        args.checkpoint = next(filter(Path.exists, paths), None)
+        if args.checkpoint is None:
+            none = f"there is no {paths[0]}: name another with --checkpoint"
+            raise UserError(f"--sample, --eval-only and --export-hf need a model, and {none}")
     content, model = load_model(Path(args.checkpoint))
     if rank() == 0:
         print(f"train_gpt: using {args.checkpoint}", file=sys.stderr)
@@ -1801,11 +1805,11 @@ def speed_of(progress) -> str:
     return f"{progress.tokens_seen / max(1e-9, progress.train_s):,.0f} tokens/s"
 
 
-def measure(state, *titles):
+def measure(state, train_loader, *titles):
     """Print and return the losses of both parts, leaving the random states as they were."""
     show(lambda: "measuring the loss: {} batch {} of {}".format(*WindowBatches.latest))
     generator, number = state.loaders[0].generator, state.plan.measure_iter
-    before, parts = generator.get_state(), (state.loaders[2], state.loaders[1])
+    before, parts = generator.get_state(), (train_loader, state.loaders[1])
     with state.autocast:
         losses = evaluate_model(state.model, *parts, state.device, number)
     generator.set_state(before)
@@ -1840,8 +1844,7 @@ def note_best(state, folder, pace) -> None:
     *earlier, last = state.progress.history
     if last[4] < lowest_loss(earlier):
         best = state.weights() | {"val_loss": last[4]}
-        if from_all_ranks(pace.due())[0]:
-            pace.save(folder / "best.pt", best)
+        if from_all_ranks(pace.due())[0] and pace.save(folder / "best.pt", best):
             state.best = {}
         else:
             state.best = best | {"model": {k: w.clone() for k, w in best["model"].items()}}
@@ -1916,7 +1919,8 @@ def finish(state, folder, stop, draws) -> list:
     if finished and not max(from_all_ranks(stop.signal)):
         with contextlib.suppress(Stopped):
             stop.at_once = world_size() == 1
-            state.losses["final"] = measure(state, "Final training loss", "Final validation loss")
+            titles = "Final training loss", "Final validation loss"
+            state.losses["final"] = measure(state, state.loaders[2], *titles)
             keep_better(state, weights, folder)
         stop.at_once = False
     save(folder / "losses.json", figures_of(state))
@@ -2026,7 +2030,8 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {state.progress.step:06d}")
     else:
-        state.losses["initial"] = measure(state, "Training loss", "Validation loss")
+        titles = "Training loss", "Validation loss"  # in the book's order, for the book's figures
+        state.losses["initial"] = measure(state, state.loaders[0], *titles)
         state.note_random()
     for name in (*WEIGHTS, *FIGURES) if args.overwrite and rank() == 0 else ():
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
