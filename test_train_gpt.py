@@ -1,9 +1,5 @@
 # ruff: noqa: F403, F405
-"""Tests of train_gpt.py: `pytest`, in under five minutes on two cores, without a network.
-
-Most call the command in this process, as `train_gpt.main([...])`; what concerns whole processes
-(signals, kills, terminals, environments) runs `python train_gpt.py`.
-"""
+"""Tests of train_gpt.py: `pytest`, in under five minutes on two cores, without a network."""
 
 import ast
 import contextlib
@@ -282,9 +278,12 @@ def test_published_run_begins_with_the_published_losses(chapter, fast, capsys):
 def test_chapter_is_short_and_names_nothing_from_below(chapter):
     source = Path(chapter.__file__).read_text(encoding="utf-8")
     assert 300 < source.count("\n") <= 485
-    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
-    used, bound = ({n.id for n in names if isinstance(n.ctx, c)} for c in (ast.Load, ast.Store))
-    assert not (used - bound) & (vars(train_gpt).keys() - vars(chapter).keys())
+    nodes = list(ast.walk(ast.parse(source)))
+    bound = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    below = vars(train_gpt).keys() - vars(chapter).keys()
+    assert not ({name.id for name in names} - bound) & below
 
 
 def test_command_trains_exactly_as_the_chapter_alone_does(chapter, fast, capsys):
