@@ -2030,8 +2030,9 @@ def pretrain(args, argv, checkpoint, device, stack, stop) -> int:
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {state.progress.step:06d}")
     else:
-        titles = "Training loss", "Validation loss"  # in the book's order, for the book's figures
-        state.losses["initial"] = measure(state, state.loaders[0], *titles)
+        # In the book's order where no window is left over, for the book's figures.
+        whole = loaders[0] if len(loaders[0]) == len(loaders[2]) else loaders[2]
+        state.losses["initial"] = measure(state, whole, "Training loss", "Validation loss")
         state.note_random()
     for name in (*WEIGHTS, *FIGURES) if args.overwrite and rank() == 0 else ():
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
