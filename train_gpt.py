@@ -1176,6 +1176,7 @@ def learning_rate(args, steps, step) -> float:
 
 # ------------------------------------------------------------------------------------- checkpoints
 DAMAGE = OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, AttributeError
+DAMAGE += (AssertionError,)  # what reading another file than one of ours may raise
 
 
 def state_dicts():
@@ -1331,24 +1332,19 @@ def load_hf(folder: Path) -> dict:
 
 
 def read_shards(folder) -> dict:
-    """Return the tensors of model.safetensors or pytorch_model.bin, whole or in shards."""
+    """Return the tensors of *.safetensors or else of pytorch_model*.bin, whole or in shards."""
     import safetensors.torch
 
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        path, index = folder / name, folder / f"{name}.index.json"
-        shards = [path] if path.exists() else []
-        if not shards and index.exists():
-            names = json.loads(index.read_text())["weight_map"].values()
-            shards = [folder / shard for shard in {*names}]
-        state = {}
-        for shard in shards:
-            if name.endswith(".bin"):
-                state |= torch.load(shard, map_location="cpu", weights_only=True)
-            else:
-                state |= safetensors.torch.load_file(shard)
-        if state:
-            return state
-    raise ValueError("it has no model.safetensors nor pytorch_model.bin")
+    shards = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    if not shards:
+        raise ValueError("it has neither model.safetensors nor pytorch_model.bin")
+    state = {}
+    for shard in shards:
+        if shard.suffix == ".bin":
+            state |= torch.load(shard, map_location="cpu", weights_only=True)
+        else:
+            state |= safetensors.torch.load(shard.read_bytes())
+    return state
 
 
 def export_hf(args) -> int:
@@ -1463,7 +1459,7 @@ def build_parser():
     add("--eval-freq", size, None, "steps between evaluations (default: 5, or for about 20)")
     add("--eval-iter", size, None, "batches of each part to evaluate (default: 5, or by time)")
     add("--start-context", str, "Every effort moves you", "what the printed samples continue")
-    add("--checkpoint-every", size, None, "steps between checkpoints (default: about a minute)")
+    add("--checkpoint-every", size, None, "steps between checkpoints (default: every two minutes)")
     add("--log-freq", size, None, "steps between lines with loss and rate")
     parser.add_argument_group("model")
     add("--model", tuple(MODELS), "gpt2-small", "sizes")
@@ -1619,7 +1615,7 @@ def sample(args, device) -> int:
     with autocast:
         idx = generate(model, idx, args.max_new_tokens, *options)
     print(token_ids_to_text(idx, tokenizer))
-    return 2 if sys.stdout.lost else 0
+    return 2 if sys.stdout.lost and rank() == 0 else 0
 
 
 def evaluate(args, device) -> int:
@@ -1772,7 +1768,7 @@ def train_steps(run, folder, stop) -> int:
     options = {"grad_accum_steps": args.grad_accum_steps, "grad_clip": args.grad_clip}
     options |= {"autocast": run.autocast, "scaler": run.scaler, "learning_rate": rate_of}
     steps = train(*book, plan.eval_iter, "", tokenizer, progress=progress, **options)
-    next_save, every = time.monotonic() + 60, args.checkpoint_every
+    next_save, every = time.monotonic() + 120, args.checkpoint_every
     while progress.step + 1 < plan.steps and not asked:
         loss = next(steps)
         done, rate = progress.step + 1, rate_of(progress.step)
@@ -1795,7 +1791,7 @@ def train_steps(run, folder, stop) -> int:
                 run.best = {}
             save(folder / "checkpoint.pt", checkpoint_of(run, weights_of(run)))
             now = time.monotonic()
-            next_save = now + max(60, 33 * (now - start))
+            next_save = now + max(120, 50 * (now - start))
         if progress.step % plan.eval_freq == 0:  # only now, so that no best.pt lies there alone
             save(folder / "losses.json", figures_of(run))
             save_best(run, folder)
@@ -1887,13 +1883,14 @@ def tell(run, argv, folder, stopped) -> None:
     here = script + ["--out-dir", str(folder)] * (folder != Path("out"))
     again = [word for word in script + argv if word not in ("--resume", "--overwrite")]
     again.append("--resume")
+    if files and files[0].name in WEIGHTS:
+        print("To sample from it:", quoted(here + ["--sample", run.args.start_context]))
+        print("To export it:", quoted(here + ["--export-hf", "exported"]))
     if stopped:
         command = quoted(again) if world_size() == 1 else "the same torchrun command with --resume"
         print(f"Stopped after step {progress.step:06d}; to go on: {command}")
-    elif files and files[0].name in WEIGHTS:
-        print("To sample from it:", quoted(here + ["--sample", run.args.start_context]))
+    elif folder / "checkpoint.pt" in files:
         print("To train on:", quoted(again + run.plan.twice))
-        print("To export it:", quoted(here + ["--export-hf", "exported"]))
 
 
 def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
