@@ -1751,7 +1751,7 @@ def save_best(run, folder) -> None:
     best, start = weights_of(run) | {"val_loss": last[4]}, time.monotonic()
     if from_all_ranks(start > run.next_best)[0] and save(folder / "best.pt", best):
         run.best, cost_s = {}, time.monotonic() - start
-        run.next_best = time.monotonic() + 10 * cost_s
+        run.next_best = time.monotonic() + 5 * cost_s
     else:
         run.best = best | {"model": {k: w.clone() for k, w in best["model"].items()}}
 
