@@ -41,6 +41,7 @@ def train(number, options):
 
 
 def main():
+    from matplotlib import ticker
     from matplotlib.figure import Figure
 
     WORK.mkdir(exist_ok=True)
@@ -59,7 +60,8 @@ def main():
         _, tokens, seconds, losses = zip(*points)
         by_tokens.plot(tokens, losses, label=name)
         by_seconds.plot(seconds, losses)
-    by_tokens.set(xlabel="Tokens seen", ylabel="Validation loss (nats per token)")
+    by_tokens.set(xlabel="Tokens seen", ylabel="Validation loss (nats per token)", ylim=(3, 6))
+    by_tokens.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     by_seconds.set(xlabel="Seconds of training")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(Path(__file__).with_name("learning.png"), dpi=120)
