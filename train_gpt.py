@@ -1081,7 +1081,7 @@ def join_ranks() -> None:
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is cuda, else mps, else cpu. Raises UserError."""
     if name == "auto":
-        best = torch.accelerator.current_accelerator()
+        best = torch.accelerator.current_accelerator(check_available=True)  # not the build's
         usable = ("cuda",) if dist.is_initialized() else ("cuda", "mps")  # Gloo lacks mps
         name = best.type if best and best.type in usable else "cpu"
     if name == "cuda" and dist.is_initialized():
