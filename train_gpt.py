@@ -1438,9 +1438,6 @@ def build_parser():
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    size, count = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1)
-    rate, share = number(float, 0, 1e30), number(float, 0, 1 - 1e-9)
-    positive, path = number(float, 1e-30, 1e30), os.path.expanduser
     defaults, groups = {}, {}
 
     def add(flag, kind, default, text, **more):
@@ -1450,20 +1447,30 @@ def build_parser():
         elif isinstance(kind, tuple):
             more |= {"choices": kind}
         else:
-            more |= {"type": kind, "metavar": {str: "TEXT", path: "PATH"}.get(kind, "N")}
+            names = {str: "TEXT", os.path.expanduser: "PATH"}
+            more |= {"type": kind, "metavar": names.get(kind, "N")}
         group = parser._action_groups[-1]
         name = group.add_argument(flag, help=text, **more).dest
         defaults[name], groups[name] = default, group.title
 
-    parser.add_argument_group("data")
+    add_flags(add, parser.add_argument_group)
+    return parser, defaults, groups
+
+
+def add_flags(add, group) -> None:
+    """Name each flag, its type, default and meaning; those that one meets first come first."""
+    size, count = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1)
+    rate, share = number(float, 0, 1e30), number(float, 0, 1 - 1e-9)
+    positive, path = number(float, 1e-30, 1e30), os.path.expanduser
+    group("data")
     add("--data", path, None, "texts, folders of *.txt, pipes, - or token files, *.bin", nargs="+")
     add("--val-data", path, None, "separate data to validate on", nargs="+")
     add("--train-ratio", number(float, 1e-9, 1), 0.9, "share of the data to train on")
-    parser.add_argument_group("folder")
+    group("folder")
     add("--out-dir", path, "out", "folder for all that is written")
     add("--resume", bool, False, "go on with the run in --out-dir, or begin one")
     add("--overwrite", bool, False, "replace the run in --out-dir")
-    parser.add_argument_group("run")
+    group("run")
     add("--epochs", size, None, "passes over the data (default: 10, or as --max-steps needs)")
     add("--max-steps", size, None, "optimizer steps after which to end")
     add("--eval-freq", size, None, "steps between evaluations (default: 5, or for about 20)")
@@ -1471,7 +1478,7 @@ def build_parser():
     add("--start-context", str, "Every effort moves you", "what the printed samples continue")
     add("--checkpoint-every", size, None, "steps between checkpoints (default: every two minutes)")
     add("--log-freq", size, None, "steps between lines with loss and rate")
-    parser.add_argument_group("model")
+    group("model")
     add("--model", tuple(MODELS), "gpt2-small", "sizes")
     add("--context-length", size, None, "tokens a window holds (default: 256; tiny: 64)")
     add("--emb-dim", size, None, "width (default: the model's, as of the following)")
@@ -1481,7 +1488,7 @@ def build_parser():
     add("--qkv-bias", bool, None, "bias in the query, key and value projection")
     add("--init", ("book", "gpt2"), "book", "how weights are drawn")
     add("--init-from", path, None, "take weights of a .pt file or Hugging Face GPT-2 folder")
-    parser.add_argument_group("training")
+    group("training")
     add("--batch-size", size, 2, "windows per batch and device")
     add("--grad-accum-steps", size, 1, "batches per optimizer step")
     add("--lr", positive, 4e-4, "learning rate")
@@ -1494,23 +1501,22 @@ def build_parser():
     add("--grad-clip", positive, None, "largest norm of the gradient (default: no limit)")
     add("--dtype", ("auto", "float32", "bfloat16", "float16"), "auto", "of products")
     add("--seed", count, 123, "of weights, order, dropout and samples")
-    parser.add_argument_group("device")
+    group("device")
     add("--device", str, "auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
     add("--compile", bool, False, "compile the model")
     add("--deterministic", bool, False, "the same bits from the same run on CUDA, too; slower")
     add("--recompute", bool, False, "compute activations again, keep none: less memory")
     add("--fsdp", bool, False, "under torchrun: shard weights, gradients, optimizer")
-    parser.add_argument_group("instead of training")
+    group("instead of training")
     add("--sample", str, None, "continue this text")
     add("--eval-only", bool, False, "print losses and perplexities over all of the data")
     add("--export-hf", path, None, "write the model as a Hugging Face folder of this name")
     add("--write-tokens", path, None, "write the token ids of --data to a file of this name")
     add("--checkpoint", path, None, "the model: a .pt file or Hugging Face GPT-2 folder")
-    parser.add_argument_group("sampling")
+    group("sampling")
     add("--max-new-tokens", size, 50, "tokens to sample")
     add("--temperature", rate, 0.0, "0 takes the likeliest token, 1 samples")
     add("--top-k", size, None, "sample from the k likeliest tokens (default: from all)")
-    return parser, defaults, groups
 
 
 def parse_arguments(argv):
