@@ -555,6 +555,7 @@ BAD_FILES = {
     "empty.txt": "", "short.txt": "Hi", "latin.txt": "naïve ".encode("latin-1") * 99,
     "mark.txt": TEXT.encode("utf-16"), "nomark.txt": TEXT.encode("utf-16-le"),
     "gz.txt": gzip.compress(TEXT.encode()), "copy.txt": TEXT, "text.bin": TEXT,
+    "blanks.txt": "a" + " " * 10**6 + "b", "letters.bin": array("H", [*TEXT.encode() * 4]),
     "parquet.txt": b"PAR1" * 99, "npy.bin": b"\x93NUMPY" + bytes(array("H", IDS)),
     "uint32.bin": array("I", IDS), "short.bin": bytes(10), "odd.bin": bytes(3), "empty.bin": "",
     "beyond.bin": b"\xff\xff" * 999, "cut.bin": array("i", [20240520, 1, 999, *[0] * 353]),
@@ -589,6 +590,8 @@ junk.pt: --sample Hi --checkpoint junk.pt | --eval-only --checkpoint junk.pt
 hollow: --sample Hi --checkpoint hollow | --data hollow | --export-hf hollow
 absent: --data absent.txt | --data text.txt absent.txt | --val-data absent.txt
 no file: --data *.nothing | --data http://127.0.0.1/x
+blanks: --data blanks.txt
+GPT-2's: --data letters.bin
 UTF-8: --data latin.txt | --val-data latin.txt | --data text.txt latin.txt
 UTF-16: --data mark.txt | --data nomark.txt
 gzip: --data gz.txt
@@ -725,9 +728,7 @@ def test_bad_checkpoint_is_refused_and_runs_no_code(damage, whole, capsys):
 
 @needs_linux
 @pytest.mark.parametrize("megabytes, missing", [(1, ["model.pt", "best.pt"]), (9, [])])
-def test_full_disk_leaves_old_files_whole_and_the_last_line_says_what_is_missing(
-    megabytes, missing, whole, capsys
-):
+def test_full_disk_keeps_old_files_and_says_what_is_missing(megabytes, missing, whole, capsys):
     before, message = contents("half"), "(.*) can't be saved in half; whole: (.*): make room, "
     with disk_for_files_of(megabytes << 20):
         line = refused(capsys, "--resume --max-steps 12 --out-dir half")
@@ -783,9 +784,7 @@ def disturbed(tmp_path_factory):
 
 @needs_posix
 @pytest.mark.parametrize("way", WAYS)
-def test_run_disturbed_in_any_way_saves_all_and_goes_on_exactly(
-    way, disturbed, undisturbed, monkeypatch, capsys
-):
+def test_disturbed_run_saves_all_and_goes_on(way, disturbed, undisturbed, monkeypatch, capsys):
     (folder, before, status, out, err), lost = disturbed[way], way.startswith(("close", "full"))
     monkeypatch.chdir(folder)
     assert status == WAYS[way] and "Traceback" not in err and err.count("is lost") == lost
