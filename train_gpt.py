@@ -290,10 +290,10 @@ def train_step(model, batches, optimizers, device, grad_clip, autocast, scaler):
         loss_sum += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    scaled = scaler.is_enabled()  # float16's gradients may be infinite, in some weights only
-    if grad_clip or scaled:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-    if total and (math.isfinite(norm) or not scaled):  # without tokens weights would just decay
+    if grad_clip or scaler.is_enabled():  # float16's may be infinite, in some weights only
+        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        norm = getattr(norm, "full_tensor", norm.clone)().item()  # FSDP2's is of a shard
+    if total and (math.isfinite(norm) or not scaler.is_enabled()):  # without tokens weights decay
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
