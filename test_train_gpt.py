@@ -489,16 +489,15 @@ PARTS = [
 ]  # fmt: skip
 
 
-def test_tokens_in_pieces_are_those_of_the_whole_text(monkeypatch, capsys):
+def test_tokens_in_pieces_are_those_of_the_whole_text(monkeypatch):
     draw = random.Random(0)
-    for number in range(300):
-        monkeypatch.setattr(train_gpt, "PIECE_CHARACTERS", 1 + number % 20)
-        texts = ["".join(draw.choices(PARTS, k=draw.randint(1, 40))) for _ in range(1 + number % 2)]
-        for name, text in enumerate(texts):
-            write(f"{name}.txt", text)
+    for size in range(1, 21):
+        monkeypatch.setattr(train_gpt, "PIECE_CHARACTERS", size)
+        texts = ["".join(draw.choices(PARTS, k=draw.randint(1, 40))) for _ in range(15)]
+        [write(f"{name}.txt", text) for name, text in enumerate(texts)]
         whole = "<|endoftext|>".join(texts).replace("\r\n", "\n").replace("\r", "\n")
         expected = TOKENIZER.encode(whole, allowed_special="all")
-        assert token_ids(*(f"{name}.txt" for name in range(len(texts)))) == expected, texts
+        assert token_ids(*(f"{name}.txt" for name in range(15))) == expected, texts
 
 
 @pytest.fixture
@@ -734,10 +733,11 @@ def test_full_disk_keeps_old_files_and_says_what_is_missing(megabytes, missing, 
         line = refused(capsys, "--resume --max-steps 12 --out-dir half")
     lost, kept = (names.split(", ") for names in re.match("train_gpt: " + message, line).groups())
     after, missing = contents("half"), {*missing, "checkpoint.pt"}
-    assert set(lost) == missing and kept[:3] == ["model.pt", "best.pt", "checkpoint.pt"]
-    for name in kept[:3]:
+    assert set(lost) == missing and {"best.pt", "checkpoint.pt"} < {*kept}
+    assert ("model.pt" in kept) == ("model.pt" not in missing)  # of fewer steps, it would mislead
+    for name in {*kept} & {"best.pt", "checkpoint.pt"}:
         assert (after[Path("half", name)] == before[Path("half", name)]) == (name in missing)
-    assert after.keys() == before.keys()
+    assert after.keys() | {Path("half/model.pt")} == before.keys()
 
 
 # --------------------------------------------------------------------------------- interrupted

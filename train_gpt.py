@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from array import array
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,9 +118,9 @@ def create_dataloader_v1(
 class MultiHeadAttention(nn.Module):
     """Causal self-attention: `[batch, tokens, d_in]` -> `[batch, tokens, d_out]`.
 
-    One projection yields queries, keys and values. With a cache, [] at first, x holds only tokens
-    that follow those in it. Raises ValueError where the heads don't divide d_out. Sources: Vaswani
-    et al. 2017, "Attention Is All You Need", 3.2; Pope et al. 2022, for the cache, 2.1.
+    One projection yields queries, keys and values. With a cache, a deque, x holds only tokens that
+    follow those in it. Raises ValueError where the heads don't divide d_out. Sources: Vaswani et
+    al. 2017, "Attention Is All You Need", 3.2; Pope et al. 2022, for the cache, 2.1.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -148,7 +149,7 @@ class MultiHeadAttention(nn.Module):
         """Return all keys and values so far, `[batch, heads, past + tokens, head_dim]` each."""
         if not cache:
             both, batch, heads, _, width = keys_values.shape
-            cache[:] = keys_values.new_empty(both, batch, heads, self.context_length, width), 0
+            cache += keys_values.new_empty(both, batch, heads, self.context_length, width), 0
         room, past = cache
         cache[1] = past + keys_values.shape[3]
         room[:, :, :, past : cache[1]] = keys_values
@@ -180,11 +181,10 @@ class TransformerBlock(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """GPT-2: token ids `[batch, tokens]` -> logits `[batch, tokens, vocab]`.
+    """GPT-2: token ids `[batch, tokens]` -> logits `[batch, tokens, vocab]`; cfg: GPT_CONFIG_124M.
 
-    As in the book, the output head has weights of its own, and the order in which modules are made
-    decides the initial weights. cfg: the keys of GPT_CONFIG_124M. Loads state dicts of the book's,
-    too. Raises ValueError for more tokens than the context length.
+    As in the book, the head has weights of its own; the order of modules decides the first weights.
+    Loads the book's state dicts, too. Raises ValueError for more tokens than the context length.
     """
 
     def __init__(self, cfg):
@@ -200,7 +200,7 @@ class GPTModel(nn.Module):
     def forward(self, in_idx, caches=None):
         """Return logits; with caches, [] at first, the last token's, given those not in them."""
         if caches == []:
-            caches.extend([] for _ in self.trf_blocks)
+            caches.extend(deque() for _ in self.trf_blocks)  # FSDP2 would copy lists
         past = caches[0][1] if caches and caches[0] else 0
         end = past + in_idx.shape[1]
         if end > self.pos_emb.num_embeddings:
@@ -315,7 +315,7 @@ def train(
     optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     options = device, grad_clip, autocast, scaler
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    while progress.epoch < num_epochs:
+    while progress.epoch < num_epochs and len(train_loader):
         model.train()
         start, batches_left = time.perf_counter(), iter(train_loader)
         while batches := list(itertools.islice(batches_left, grad_accum_steps)):
@@ -599,9 +599,13 @@ def limit_memory(stack) -> None:
         figures = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
         kilobytes = re.findall(r"(?:MemAvailable|SwapFree|VmData):\s+(\d+)", figures)
         room = [1024 * sum(map(int, kilobytes))]
-        for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups 2 and 1
-            with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-                room.append(int(Path("/sys/fs/cgroup", name).read_text()))
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, place = line.split(":", 2)  # cgroup 1 says memory, cgroup 2 nothing
+            lowest = Path("/sys/fs/cgroup", kinds, place.strip("/"))
+            name = "memory.limit_in_bytes" if kinds else "memory.max"
+            for folder in (lowest, *lowest.parents):
+                with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+                    room.append(int((folder / name).read_text()))
         before = resource.getrlimit(resource.RLIMIT_DATA)
         room += [before[0]] * (before[0] >= 0)  # -1 is no limit
         resource.setrlimit(resource.RLIMIT_DATA, (min(room), before[1]))
@@ -681,6 +685,12 @@ def claim(folder: Path, args, stack) -> None:
         raise UserError(f"{folder} holds a run ({', '.join(found)}): {ways}")
 
 
+def remove_stale(folder, overwrite) -> None:
+    """Remove what a run replaces: all of another run's files, or model.pt of fewer steps."""
+    for name in (*WEIGHTS, *FIGURES) if overwrite else ("model.pt",):
+        Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
+
+
 def step_log(path: Path, last: int, stack) -> Output:
     """Return steps.csv to append to, cut after the row of step `last`."""
     rows = path.read_bytes().splitlines(True)[: last + 2] if last >= 0 and path.exists() else []
@@ -711,12 +721,14 @@ FORMATS = {  # how files begin that are neither texts nor token ids
 
 def check_format(path, head: bytes, wanted: str) -> None:
     """Raise UserError where a file begins like something else."""
-    found = [name for magic, name in FORMATS.items() if head.startswith(magic)]
-    if wanted == "UTF-8 text" and 5 * head.count(0) > len(head):
+    is_text = wanted == "UTF-8 text"
+    magics = [magic for magic in FORMATS if is_text or len(magic) > 3]  # a token id may be one
+    found = [FORMATS[magic] for magic in magics if head.startswith(magic)]
+    if is_text and 5 * head.count(0) > len(head):
         found.append("UTF-16 without a byte order mark, or binary")
     text = head.decode(errors="ignore")
     readable = len(text.encode()) > len(head) - 4 and not re.search(r"[\0-\x08\x0e-\x1f]", text)
-    if wanted != "UTF-8 text" and readable and len(head) > 64:
+    if not is_text and readable and len(head) > 64:
         found.append("a text: name it *.txt")
     if found:
         raise UserError(f"{path} is no {wanted}: it seems to be {found[0]}")
@@ -896,7 +908,7 @@ def load_corpus(args):
     train, val, characters, tokens, hashes = zip(*loaded)
     if val_sources:
         train, val = train[: len(sources)], train[len(sources) :]
-        if len({*hashes}) < len(hashes):
+        if {*hashes[: len(sources)]} & {*hashes[len(sources) :]}:
             raise UserError("--val-data repeats what --data holds: name other validation data")
     counts = f"{len(files)} file{'s' * (len(files) > 1)}"
     if over + more:
@@ -1043,12 +1055,13 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and dist.is_initialized():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # of "meta" there is none
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(f"--device {name} can't be used here ({error})") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    if probe.is_cuda:
+        torch.cuda.set_device(probe.device)
+    return probe.device
 
 
 def choose_precision(device, dtype: str):
@@ -1154,7 +1167,7 @@ def note_random(run) -> None:
     """Note this rank's random states, and that which draws the order of the epoch's windows."""
     states = {"cpu": torch.get_rng_state(), "loader": run.loaders[0].generator.get_state()}
     if run.device.type != "cpu":
-        states["device"] = getattr(torch, run.device.type).get_rng_state()
+        states[run.device.type] = getattr(torch, run.device.type).get_rng_state()
     states["epoch"] = run.random["epoch"] if run.progress.batch else states["loader"]
     run.random = states
 
@@ -1195,14 +1208,15 @@ def restore(run, content) -> None:
     dcp.set_optimizer_state_dict(run.model, run.optimizers, optimizer, options=whole)
     run.scaler.load_state_dict(content["scaler"])
     run.progress, run.losses = Progress(**content["progress"]), content["losses"]
+    run.losses.pop("final", None)  # of fewer steps
     run.random, loader = content["random"][rank()], run.loaders[0]
     torch.set_rng_state(run.random["cpu"])
     loader.generator.set_state(run.random["loader"])
     if run.progress.batch:  # draw the interrupted epoch's order again, then go on from here
         loader.batch_sampler.skip_to = run.progress.batch, run.random["loader"]
         loader.generator.set_state(run.random["epoch"])
-    if "device" in run.random:
-        getattr(torch, run.device.type).set_rng_state(run.random["device"])
+    if run.device.type in {*run.random} - {"cpu"}:
+        getattr(torch, run.device.type).set_rng_state(run.random[run.device.type])
 
 
 def load_model(path: Path):
@@ -1234,7 +1248,8 @@ def load_model(path: Path):
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it holds what could run code, or no tensors") from None
     except (*DAMAGE, zipfile.BadZipFile, SafetensorError) as error:
-        raise UserError(f"{path} is no whole model that can be used ({error})") from None
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is no whole model that can be used ({said})") from None
 
 
 # ----------------------------------------------------------------------------- Hugging Face's form
@@ -1345,10 +1360,10 @@ MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
 }
 FIXED = "data", "model", "training"  # groups of flags that a resumed run takes from its checkpoint
 MODES = {  # what to do instead of training, and the flags, or groups of them, that have a meaning
-    "sample": ("sampling", "device", "dtype", "seed"),
-    "eval_only": ("data", "device", "dtype", "batch_size"),
+    "sample": ("sampling", "--device", "--dtype", "--seed"),
+    "eval_only": ("data", "--device", "--dtype", "--batch-size"),
     "export_hf": (),
-    "write_tokens": ("data",),
+    "write_tokens": ("--data",),
 }
 
 
@@ -1475,6 +1490,8 @@ def parse_arguments(argv):
         if fixed and (here := getattr(args, name)) != saved:
             what = f"{flag_of(name)} is {saved} in the checkpoint but {here} here"
             raise UserError(f"{what}: leave it out to resume, or start anew with another --out-dir")
+    if len({*from_all_ranks(str(content.get("progress")))}) > 1:
+        raise UserError("the processes see different checkpoints: share one --out-dir")
     parser.set_defaults(**content.get("settings", {}))
     args, kept = parser.parse_args(words), (*FIXED, "run", "device")
     return args, {k: v for k, v in vars(args).items() if group_of[k] in kept}, content
@@ -1484,13 +1501,17 @@ def check_meaning(args, given, group_of) -> None:
     """Raise UserError for flags that mean nothing together."""
     modes = [mode for mode in MODES if mode in given]
     training = *FIXED, "folder", "run", "device"
-    meant = {"out_dir", *((*MODES[modes[0]], "instead of training") if modes else training)}
-    idle = [flag_of(name) for name in given if not {name, group_of[name]} & meant]
+    meant = {"--out-dir", *((*MODES[modes[0]], "instead of training") if modes else training)}
+    idle = [flag_of(name) for name in given if not {flag_of(name), group_of[name]} & meant]
     what = f"with {flag_of(modes[0])}" if modes else "in training"
     alone = not dist.is_initialized()
     wrong = {
         f"{' and '.join(map(flag_of, modes))} don't go together: give one": len(modes) > 1,
         f"{' and '.join(idle)} means nothing {what}: leave it out": idle,
+        "--val-data and --train-ratio mean nothing without --data": args.eval_only
+        and not args.data
+        and {"val_data", "train_ratio"} & {*given},
+        "--temperature is out of range: 0, or from 0.001 on": 0 < args.temperature < 1e-3,
         "--top-k means nothing at --temperature 0": args.top_k and not args.temperature,
         "--overwrite and --resume don't go together: give one": args.overwrite and args.resume,
         "--start-context is empty: give it at least one character": not args.start_context,
@@ -1656,11 +1677,6 @@ def print_setup(run, dtype):
     print(f"Batches of {shape}: {train} for training, {val} for validation; {chosen}")
 
 
-def lowest_loss(history) -> float:
-    """Return the lowest validation loss so far, in nats per token; inf without any."""
-    return min((entry[4] for entry in history if entry[4] == entry[4]), default=math.inf)
-
-
 def save_losses(run, folder) -> None:
     """Save losses.json. JSON knows no nan, the loss of no validation data."""
     names = "steps", "epochs", "tokens_seen", "train_losses", "val_losses"
@@ -1670,16 +1686,25 @@ def save_losses(run, folder) -> None:
     save(folder / "losses.json", {"config": run.config, "settings": run.settings, **figures})
 
 
-def save_best(run, folder) -> None:
+def save_best(run, folder, loss, weights=None) -> None:
     """Save weights of a new lowest validation loss; if that was done lately, hold them for now."""
-    *earlier, last = run.progress.history
-    if not last[4] < lowest_loss(earlier):
+    if not loss < run.losses.get("best", [math.inf])[0]:  # nan isn't, either
         return
-    best, start = weights_of(run) | {"val_loss": last[4]}, time.monotonic()
-    if from_all_ranks(start > run.next_best)[0] and save(folder / "best.pt", best):
-        run.best, run.next_best = {}, 6 * time.monotonic() - 5 * start
-    else:
-        run.best = best | {"model": {k: w.clone() for k, w in best["model"].items()}}
+    run.losses["best"], start = [loss], time.monotonic()
+    weights = weights or weights_of(run)
+    run.best = weights | {"val_loss": loss}
+    if from_all_ranks(start > run.next_best)[0]:
+        save_held(run, folder)
+        run.next_best = 6 * time.monotonic() - 5 * start  # after five times what it took
+    if run.best:  # training goes on and changes the weights
+        run.best["model"] = {name: weight.clone() for name, weight in weights["model"].items()}
+
+
+def save_held(run, folder) -> bool:
+    """Save the weights that are held, if any."""
+    done = not run.best or save(folder / "best.pt", run.best)
+    run.best = {} if done else run.best
+    return done
 
 
 def status_of(run) -> str:
@@ -1700,8 +1725,8 @@ def train_steps(run, folder, stop, log) -> int:
     options |= {"autocast": run.autocast, "scaler": run.scaler, "learning_rate": rate_of}
     steps = train(*book, plan.eval_iter, "", tokenizer, progress=progress, **options)
     next_save, every = time.monotonic() + 120, args.checkpoint_every
-    if progress.history and progress.history[-1][0] == progress.step:
-        save_best(run, folder)  # a kill may have come between checkpoint.pt and best.pt
+    if progress.history and progress.history[-1][0] == progress.step:  # a kill may have come
+        save_best(run, folder, progress.history[-1][4])  # before best.pt
     while progress.step + 1 < plan.steps and not asked:
         loss = next(steps)
         done = progress.step + 1
@@ -1709,6 +1734,7 @@ def train_steps(run, folder, stop, log) -> int:
         losses, signals, dues = zip(*from_all_ranks((loss, stop.signal, due)))
         loss, asked, last = sum(losses) / len(losses), max(signals), done == plan.steps
         if not math.isfinite(loss):
+            save_held(run, folder)
             raise UserError(f"the loss at step {progress.step} is {loss}: {CALMER}")
         keep_freed_memory()  # not before the first step: that takes 100 to 300 MB more
         note_random(run)
@@ -1720,36 +1746,35 @@ def train_steps(run, folder, stop, log) -> int:
                 generate_and_print_sample(run.model, tokenizer, run.device, args.start_context)
         if (dues[0] or progress.step == 0) and not (last or asked):
             start = time.monotonic()
-            if run.best and save(folder / "best.pt", run.best):
-                run.best = {}
+            save_held(run, folder)
             save(folder / "checkpoint.pt", checkpoint_of(run, weights_of(run)))
             next_save = time.monotonic() + max(120, 50 * (time.monotonic() - start))
         if progress.step % plan.eval_freq == 0:  # only now, so that no best.pt lies there alone
             save_losses(run, folder)
-            save_best(run, folder)
+            save_best(run, folder, progress.history[-1][4])
     return asked
 
 
 def finish(run, folder) -> list:
     """Save each file by itself, weights first; measure, draw; return the names of missing files."""
     show(f"saving to {folder}")
-    history, finished = run.progress.history, run.progress.step + 1 >= run.plan.steps
-    weights = weights_of(run)
-    files = {"model.pt": weights} if finished else {}
-    files |= {"best.pt": run.best} if run.best else {}
-    files["checkpoint.pt"] = checkpoint_of(run, weights)
-    missing = [name for name, content in files.items() if not save(folder / name, content)]
-    if "checkpoint.pt" in missing and not finished and not save(folder / "model.pt", weights):
-        missing.append("model.pt")
+    finished, weights = run.progress.step + 1 >= run.plan.steps, weights_of(run)
+    missing = []
     if finished:
+        missing += ["model.pt"] * (not save(folder / "model.pt", weights))
         titles = "Final training loss", "Final validation loss"
         run.losses["final"] = measure(run, run.loaders[2], *titles)
-        if (loss := run.losses["final"][1]) < lowest_loss(history):
-            save(folder / "best.pt", weights | {"val_loss": loss})
+        save_best(run, folder, run.losses["final"][1], weights)
+    missing += ["best.pt"] * (not save_held(run, folder))
+    weights = weights_of(run)  # again, since FSDP2's optimizer is found by it
+    if not save(folder / "checkpoint.pt", checkpoint_of(run, weights)):
+        missing.append("checkpoint.pt")
+        if not finished and not save(folder / "model.pt", weights):
+            missing.append("model.pt")
     save_losses(run, folder)
-    if run.draws and history:
+    if run.draws and run.progress.history:
         show("drawing")
-        _, *columns = zip(*history)
+        _, *columns = zip(*run.progress.history)
         with contextlib.suppress(OSError):
             plot_losses(*columns, paths=[folder / name for name in FIGURES[2:]], show=False)
     return missing
@@ -1765,12 +1790,12 @@ def can_draw() -> bool:
     return True
 
 
-def tell(run, argv, folder, stopped) -> None:
+def tell(run, argv, folder) -> None:
     """Print what was trained, the files, and the commands that go on from here."""
     import shlex
     import subprocess
 
-    progress, lowest = run.progress, lowest_loss(run.progress.history)
+    progress, plan, args = run.progress, run.plan, run.args
     speed = progress.tokens_seen / max(1e-9, progress.train_s)
     print(f"Trained: {progress.step + 1} steps, {progress.tokens_seen:,} tokens, {run.corpus.name}")
     print(f"Speed: {speed:,.0f} tokens/s; peak memory: {peak_memory_mb(run.device):,.0f} MB")
@@ -1778,6 +1803,7 @@ def tell(run, argv, folder, stopped) -> None:
         (train, val), (train_then, val_then) = run.losses["final"], run.losses["initial"]
         print(f"Training loss: {train_then:.3f} -> {train:.3f}")
         print(f"Validation loss: {val_then:.3f} -> {val:.3f}")
+        lowest = run.losses.get("best", [math.inf])[0]
         if train < train_then and val > 1.01 * lowest:
             print(
                 f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better: "
@@ -1793,15 +1819,16 @@ def tell(run, argv, folder, stopped) -> None:
     here = script + ["--out-dir", str(folder)] * (folder != Path("out"))
     again = [word for word in script + argv if word not in ("--resume", "--overwrite")]
     if files and files[0].name in WEIGHTS:
-        print("To sample from it:", quoted(here + ["--sample", run.args.start_context]))
+        print("To sample from it:", quoted(here + ["--sample", args.start_context]))
         print("To export it:", quoted(here + ["--export-hf", "exported"]))
-    again = quoted(again + ["--resume"])
-    if stopped:
-        again = again if world_size() == 1 else "the same torchrun command with --resume"
-        print(f"Stopped after step {progress.step:06d}; to go on: {again}")
+    again.append("--resume")
+    if progress.step + 1 < plan.steps:
+        way = quoted(again) if world_size() == 1 else "the same torchrun command with --resume"
+        print(f"Stopped after step {progress.step:06d}; to go on: {way}")
     elif folder / "checkpoint.pt" in files:
-        flag, length = ("--max-steps", "steps") if run.args.max_steps else ("--epochs", "epochs")
-        print(f"To train on: {again} {flag} {2 * getattr(run.plan, length)}")
+        more = ["--max-steps", str(2 * plan.steps)] if args.max_steps else []
+        more += [] if args.max_steps and not args.epochs else ["--epochs", str(2 * plan.epochs)]
+        print("To train on:", quoted(again + more))
 
 
 def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
@@ -1833,19 +1860,21 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
         whole = loaders[0] if len(loaders[0]) == len(loaders[2]) else loaders[2]
         run.losses["initial"] = measure(run, whole, "Training loss", "Validation loss")
         note_random(run)
-    for name in (*WEIGHTS, *FIGURES) if args.overwrite and rank() == 0 else ():
-        Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
+    if rank() == 0 and run.progress.step + 1 < run.plan.steps:
+        remove_stale(folder, args.overwrite)
     stop.at_once, lost = False, None
     try:
         log = step_log(folder / "steps.csv", run.progress.step, stack)
         stop.signal = train_steps(run, folder, stop, log) or stop.signal
     except DataLost as error:
+        if world_size() > 1:  # the others don't know of it, so they can't save together
+            raise
         lost = error
     if run.progress.step < 0:
         raise lost or Stopped
     missing = finish(run, folder)
     if rank() == 0:
-        tell(run, argv, folder, stop.signal or lost)
+        tell(run, argv, folder)
     if missing:
         raise UserError(shortfall(folder, missing))
     if lost:
