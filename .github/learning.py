@@ -17,7 +17,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 WORK = Path("learning-out")
 STEPS = 400
-COMMON = "--model tiny --batch-size 8 --drop-rate 0 --eval-freq 20 --eval-iter 20 --device cpu"
+COMMON = "--model tiny --batch-size 8 --drop-rate 0 --eval-freq 20 --eval-iter 50 --device cpu"
 TUNED = "--warmup-steps 40 --grad-clip 1"
 RUNS = {
     "AdamW as published, 4e-4": "--lr 4e-4",
