@@ -1656,7 +1656,8 @@ def measure(run, train_loader, *titles):
     for title, (loader, count) in zip(titles, parts):
         with run.autocast, torch.no_grad():
             losses.append(calc_loss_loader(loader, run.model, run.device, count))
-        print(f"{title}: {losses[-1]:.6f}" + f" (first {count} batches)" * (count < len(loader)))
+        share = f" (first {count} of {len(loader)} batches)" * (count < len(loader))
+        print(f"{title}: {losses[-1]:.6f}{share}")
     train_loader.generator.set_state(state)
     return losses
 
@@ -1821,14 +1822,17 @@ def tell(run, argv, folder) -> None:
     if files and files[0].name in WEIGHTS:
         print("To sample from it:", quoted(here + ["--sample", args.start_context]))
         print("To export it:", quoted(here + ["--export-hf", "exported"]))
-    again.append("--resume")
-    if progress.step + 1 < plan.steps:
-        way = quoted(again) if world_size() == 1 else "the same torchrun command with --resume"
+    stopped, more = progress.step + 1 < plan.steps, ["--resume"]
+    if not stopped and args.max_steps:
+        more += ["--max-steps", str(2 * plan.steps)]
+    if not stopped and (args.epochs or not args.max_steps):
+        more += ["--epochs", str(2 * plan.epochs)]
+    alone = world_size() == 1
+    way = quoted(again + more) if alone else f"the same torchrun command with {quoted(more)}"
+    if stopped:
         print(f"Stopped after step {progress.step:06d}; to go on: {way}")
     elif folder / "checkpoint.pt" in files:
-        more = ["--max-steps", str(2 * plan.steps)] if args.max_steps else []
-        more += [] if args.max_steps and not args.epochs else ["--epochs", str(2 * plan.epochs)]
-        print("To train on:", quoted(again + more))
+        print(f"To train on: {way}")
 
 
 def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
