@@ -608,7 +608,8 @@ def limit_memory(stack) -> None:
                     room.append(int((folder / name).read_text()))
         before = resource.getrlimit(resource.RLIMIT_DATA)
         room += [before[0]] * (before[0] >= 0)  # -1 is no limit
-        resource.setrlimit(resource.RLIMIT_DATA, (min(room), before[1]))
+        limit = int(0.99 * min(room))  # the kernel kills before the last page is taken
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
         stack.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
 
 
