@@ -33,6 +33,7 @@ import train_gpt
 from train_gpt import *
 
 torch.set_num_threads(1)  # as in the processes that tests start; faster, too, for tiny models
+keep_freed_memory()
 STARTED = []  # processes
 SCRIPT = Path(train_gpt.__file__).resolve()
 TOKENIZER = get_tokenizer()
@@ -167,6 +168,19 @@ def disk_for_files_of(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def act_at(moment, call, action, patch):
+    """Do something at one of the calls of a function of the file's."""
+    plain, calls = getattr(train_gpt, moment), []
+
+    def act_and_call(*arguments, **options):
+        calls.append(0)
+        if len(calls) == call:
+            action()
+        return plain(*arguments, **options)
+
+    patch.setattr(train_gpt, moment, act_and_call)
+
+
 class Code:
     def __reduce__(self):
         return os.mkdir, ("ran",)
@@ -253,7 +267,6 @@ def test_published_run_begins_with_the_published_losses(chapter, fast, capsys):
     assert (len(train_loader), len(val_loader)) == (9, 1)
     torch.manual_seed(123)
     model = chapter.GPTModel(chapter.GPT_CONFIG_124M)
-    assert sum(p.numel() for p in model.parameters()) == 162419712
     state = torch.get_rng_state()
     initial = chapter.evaluate_model(model, train_loader, val_loader, "cpu", eval_iter=None)
     assert initial == pytest.approx((10.987583, 10.981106), abs=5e-4)
@@ -262,18 +275,13 @@ def test_published_run_begins_with_the_published_losses(chapter, fast, capsys):
     book = model, train_loader, val_loader, optimizer, "cpu", 10, 5, 5, "Every effort moves you"
     progress = chapter.Progress()
     steps = chapter.train(*book, TOKENIZER, progress=progress)
-    while progress.step < 5:
-        next(steps)
-    assert [entry[2] for entry in progress.history] == [512, 3072]
-    assert capsys.readouterr().out.splitlines() == [
-        "Ep 1 (Step 000000): Train loss 9.781, Val loss 9.933",
-        "Ep 1 (Step 000005): Train loss 8.111, Val loss 8.339",
-    ]
+    assert next(steps) == pytest.approx(10.999969, abs=5e-4)
+    assert next(steps) == pytest.approx(9.857110, abs=5e-4)  # of another batch, after an update
+    line = "Ep 1 (Step 000000): Train loss 9.781, Val loss 9.933\n"
+    assert capsys.readouterr().out == line and progress.tokens_seen == 1024
 
 
 # --------------------------------------------------------------------- the chapter, piece by piece
-
-
 def test_command_trains_exactly_as_the_chapter_alone_does(chapter, fast, capsys):
     """Its loader draws what the book's DataLoader draws, and saving changes nothing."""
     torch.set_num_threads(1)
@@ -329,11 +337,13 @@ def test_run_stopped_after_any_step_and_gone_on_with_in_a_new_process_is_the_sam
     for stop in range(1, 7):
         command(run, f"--max-steps {stop}", out=f"{stop}")
         printed.append(results(capsys.readouterr().out))
-    resume, whole = f"{SCRIPT} --resume --max-steps 6 --out-dir", printed.pop()
-    with ThreadPoolExecutor(2) as pool:
-        ended = list(pool.map(lambda stop: finish(start(resume, f"{stop}")), range(1, 6)))
-    for stop, first, (status, out, err) in zip(range(1, 6), printed, ended):
-        assert (status, err) == (0, "")
+    resume, whole = ["--resume", "--max-steps", "6", "--out-dir"], printed.pop()
+    code = f"import sys\nsys.path.append({str(SCRIPT.parent)!r})\nimport train_gpt\n"
+    code += f"for stop in '12345': print('Stop'), train_gpt.main({resume} + [stop])"
+    write("resume.py", code)
+    status, out, err = finish(start("resume.py"))
+    assert (status, err) == (0, "")
+    for stop, first, out in zip(range(1, 6), printed, out.split("Stop\n")[1:]):
         assert_same_run(f"{stop}", "6")
         rest = results(out)
         assert len(rest) > 2 and rest == whole[-len(rest) :]
@@ -382,8 +392,6 @@ def test_sampling_follows_hooks_and_subclasses():
 
 
 # ---------------------------------------------------------------------------------- the first run
-
-
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
     """The command in an empty folder without a network: (folder, status, stdout, stderr)."""
@@ -420,10 +428,8 @@ def test_first_run_trains_without_a_network_and_writes_down_what_it_printed(firs
     for name, printed in zip(names, zip(*re.findall(line, out))):
         assert losses[name] == pytest.approx([float(figure) for figure in printed], abs=6e-4)
     assert losses["config"]["emb_dim"] == 16 and losses["settings"]["lr"] == 0.01
-    for number, row in enumerate(table):
-        expected = {"step": number, "tokens": 64 * number + 64, "learning_rate": 0.01}
-        assert row == expected | {"loss": row["loss"]}
-    assert len(table) == 61 and table[-1]["loss"] < table[0]["loss"] - 1
+    assert [(row["step"], row["tokens"]) for row in table] == [(n, 64 * n + 64) for n in range(61)]
+    assert table[-1]["loss"] < table[0]["loss"] - 1 and table[-1]["learning_rate"] == 0.01
     assert (folder / "out/loss-plot.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -457,8 +463,7 @@ def test_evaluation_is_one_figure_for_any_batch_size_and_of_the_runs_own_text(ca
 
 @needs_posix
 def test_terminal_has_a_status_line_that_moves_without_escape_sequences(monkeypatch):
-    import pty
-
+    pty = importlib.import_module("pty")  # not on Windows
     monkeypatch.setenv("TERM", "dumb")
     ours, theirs = pty.openpty()
     process = start(SCRIPT, SIZES, "--data text.txt --epochs 9999", stdout=theirs, stderr=theirs)
@@ -733,7 +738,7 @@ def test_full_disk_keeps_old_files_and_says_what_is_missing(megabytes, missing, 
         line = refused(capsys, "--resume --max-steps 12 --out-dir half")
     lost, kept = (names.split(", ") for names in re.match("train_gpt: " + message, line).groups())
     after, missing = contents("half"), {*missing, "checkpoint.pt"}
-    assert set(lost) == missing and {"best.pt", "checkpoint.pt"} < {*kept}
+    assert {*lost} == missing and {"best.pt", "checkpoint.pt"} < {*kept}
     assert ("model.pt" in kept) == ("model.pt" not in missing)  # of fewer steps, it would mislead
     for name in {*kept} & {"best.pt", "checkpoint.pt"}:
         assert (after[Path("half", name)] == before[Path("half", name)]) == (name in missing)
@@ -741,25 +746,14 @@ def test_full_disk_keeps_old_files_and_says_what_is_missing(megabytes, missing, 
 
 
 # --------------------------------------------------------------------------------- interrupted
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write(folder / "text.txt", TEXT)
-    status, out, err = finish(start(SCRIPT, SIZES, LONG, cwd=folder))
-    assert (status, err) == (0, "")
-    return folder / "out", results(out)
-
-
-WAYS = {  # what happens, one after the other, and the exit status
-    "SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 138, "SIGXCPU": 152,
-    "SIGTERM SIGTERM": 143, "close": 0, "close SIGINT": 130, "full": 0,
-}  # fmt: skip
+WAYS = {"": 0, "SIGTERM": 143, "SIGHUP SIGHUP": 129, "close": 0, "close SIGINT": 130, "full": 0}
 
 
 def disturb(way, folder):
     """Close is what `| head` does, close and SIGINT is Ctrl-C under `| tee`, full is /dev/full."""
+    write(folder / "text.txt", TEXT)
     before = ""
-    with open("/dev/full", "w") as full:
+    with open("/dev/full" if way == "full" else os.devnull, "w") as full:
         stdout = full if way == "full" else subprocess.PIPE
         process = start(SCRIPT, SIZES, LONG, cwd=folder, stdout=stdout)
     for event in [] if way == "full" else way.split():
@@ -776,15 +770,13 @@ def disturb(way, folder):
 @pytest.fixture(scope="module")
 def disturbed(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("way") for way in WAYS]
-    for folder in folders:
-        write(folder / "text.txt", TEXT)
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(WAYS, pool.map(disturb, WAYS, folders)))
 
 
 @needs_posix
 @pytest.mark.parametrize("way", WAYS)
-def test_disturbed_run_saves_all_and_goes_on(way, disturbed, undisturbed, monkeypatch, capsys):
+def test_disturbed_run_saves_all_and_goes_on(way, disturbed, monkeypatch, capsys):
     (folder, before, status, out, err), lost = disturbed[way], way.startswith(("close", "full"))
     monkeypatch.chdir(folder)
     assert status == WAYS[way] and "Traceback" not in err and err.count("is lost") == lost
@@ -792,10 +784,31 @@ def test_disturbed_run_saves_all_and_goes_on(way, disturbed, undisturbed, monkey
         assert not Path("out/model.pt").exists() and Path("out/loss-plot.pdf").exists()
         typed = [sys.executable, str(SCRIPT), *words(SIZES, LONG, "--resume")]
         assert lost or shlex.split(re.search("to go on: (.*)", out)[1]) == typed
-        capsys.readouterr()
         assert train_gpt.main(typed[2:]) == 0
-        assert lost or results(before + out + capsys.readouterr().out) == undisturbed[1]
-    assert_same_run("out", undisturbed[0])
+        assert lost or results(before + out + capsys.readouterr().out) == results(disturbed[""][3])
+    assert_same_run("out", disturbed[""][0] / "out")
+
+
+MOMENTS = (
+    "evaluate_model SIGINT 1, train_step SIGXCPU 7, save SIGUSR1 1, note_random SIGUSR2 9, "
+    "generate_and_print_sample SIGHUP 1, save_losses SIGINT 3, measure SIGTERM 2"
+)
+
+
+@needs_posix
+@pytest.mark.parametrize("case", MOMENTS.split(", "))
+def test_signal_at_any_moment_lets_the_run_save_and_say_how_to_go_on(case, capsys):
+    moment, name, call = case.split()
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        act_at(moment, int(call), lambda: os.kill(os.getpid(), number), patch)
+        assert train_gpt.main(words(SIZES, LONG)) == 128 + number
+    assert Path("out/loss-plot.pdf").exists() and signal.getsignal(number) is before
+    if moment == "measure":
+        assert weights("out/model.pt") and len(read_losses("out")["final"]) == 2
+    else:
+        assert "to go on:" in capsys.readouterr().out and weights("out/checkpoint.pt")
 
 
 @needs_posix
@@ -810,7 +823,7 @@ def test_signal_while_encoding_ends_at_once_and_leaves_nothing():
 
 
 @needs_posix
-def test_kill_9_at_random_moments_loses_nothing(undisturbed):
+def test_kill_9_at_random_moments_loses_nothing(disturbed):
     """The environment variable KILLS sets how many; the run gets longer with it."""
     moments, killed = random.Random(1), 0
     for _ in range(KILLS):
@@ -821,24 +834,16 @@ def test_kill_9_at_random_moments_loses_nothing(undisturbed):
         killed += finish(process)[0] == -signal.SIGKILL
     assert killed >= min(2, KILLS)  # a very fast machine is done before
     command(LONG, "--resume")
-    assert_same_run("out", undisturbed[0])
+    assert_same_run("out", disturbed[""][0] / "out")
 
 
-@pytest.mark.parametrize("moment", ["evaluate_model", "generate_and_print_sample"])
-def test_token_file_that_is_cut_while_training_ends_it_saved(moment, monkeypatch, capsys):
-    run = "--data ids.bin --batch-size 8 --epochs 3 --eval-freq 4"
+@pytest.mark.parametrize("moment, call", [("evaluate_model", 2), ("generate_and_print_sample", 1)])
+def test_token_file_that_is_cut_while_training_ends_it_saved(moment, call, monkeypatch, capsys):
+    run = "--data ids.bin --batch-size 8 --max-steps 20 --eval-freq 4"
     write("ids.bin", array("H", IDS))
     command(run, out="undisturbed")
-    plain, calls = getattr(train_gpt, moment), []
-
-    def cut_and_call(*arguments):
-        calls.append(0)
-        if len(calls) == 2:
-            os.truncate("ids.bin", 100)
-        return plain(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, moment, cut_and_call)
+        act_at(moment, call, lambda: os.truncate("ids.bin", 100), patch)
         line = refused(capsys, SIZES, run)
     assert "ids.bin" in line and "saved" in line and Path("out/checkpoint.pt").exists()
     write("ids.bin", array("H", IDS))
@@ -1098,8 +1103,6 @@ def test_state_dict_of_the_books_model_loads():
             name = name.replace("weight", "scale").replace("bias", "shift")
         parts = zip(("query", "key", "value"), weight.chunk(3)) if "qkv" in name else [("", weight)]
         book |= {name.replace("qkv", f"W_{part}"): own for part, own in parts}
-    known = {"final_norm.shift", "trf_blocks.0.ff.layers.2.bias", "trf_blocks.1.att.W_key.weight"}
-    assert known < book.keys()
     loaded.load_state_dict(book)
     assert_close(loaded.state_dict(), ours.state_dict(), 0)
 
@@ -1121,14 +1124,11 @@ def test_gpt2s_weights_at_first_and_muon_for_the_matrices_of_the_blocks_alone():
         assert ("momentum_buffer" in states[name], "exp_avg" in states[name]) == (muon, not muon)
 
 
-def test_the_rate_warms_up_and_ends_at_its_minimum(capsys):
+def test_the_rate_warms_up_and_ends_at_its_minimum():
     command("--data text.txt --max-steps 12 --lr 1e-3 --warmup-steps 4 --min-lr 1e-4")
     rates = [row["learning_rate"] for row in steps_of("out")]
     assert rates[:5] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
     assert rates[7] + rates[8] == pytest.approx(1.1e-3) and rates[-1] == pytest.approx(1e-4)
-    for flags in ("--min-lr 1e-3", "--warmup-steps 6", "--warmup-steps 7"):
-        line = refused(capsys, SIZES, "--data text.txt --max-steps 6 --out-dir refused", flags)
-        assert flags.split()[0] in line and not Path("refused").exists()
 
 
 def test_resuming_and_recomputing_under_muon_give_the_same_bits(monkeypatch):
@@ -1189,7 +1189,7 @@ def ranked(workplace):
     """Flags of a run that has uneven groups of batches, ragged ends of both parts, clipping."""
     for name, windows in (("train", 22), ("val", 9)):  # 5 batches of 4, and 4 + 4 + 1
         write(f"{name}.bin", array("H", (made_up_ids(8 * windows + 4) % 1000).tolist()))
-    data = "--data train.bin --val-data val.bin --eval-iter 99 --eval-freq 10 --epochs 10"
+    data = "--data train.bin --val-data val.bin --eval-iter 99 --eval-freq 10 --epochs 5"
     rates = "--lr 3e-3 --warmup-steps 5 --min-lr 1e-4 --grad-clip 0.5 --grad-accum-steps 2"
     return f"{SIZES} {data} {rates} --drop-rate 0"
 
@@ -1201,7 +1201,7 @@ def test_one_process_and_two_follow_one_curve(ranked):
     out = ranks(ranked, "--batch-size 2 --fsdp --out-dir sharded")
     assert out.count("Ep 1 (Step 000000)") == 1
     one = read_losses("one")
-    assert len(steps_of("one")) == 30 and one["final"][0] < one["initial"][0] - 0.5
+    assert len(steps_of("one")) == 15 and one["final"][0] < one["initial"][0] - 0.4
     for other in ("two", "sharded"):
         for part in ("tokens_seen", "train_losses", "val_losses", "initial", "final"):
             assert read_losses(other)[part] == pytest.approx(one[part], abs=1e-5), part
@@ -1214,10 +1214,10 @@ def test_one_process_and_two_follow_one_curve(ranked):
 def test_one_rank_killed_or_signalled_ends_all_and_the_run_goes_on_bit_for_bit(ranked, capsys):
     run = f"{ranked} --drop-rate 0.1 --batch-size 2 --fsdp --checkpoint-every 2"
     ranks(run, "--out-dir whole")
-    status, *_ = send_after(7, signal.SIGKILL, start_ranks(run))
+    status, *_ = send_after(4, signal.SIGKILL, start_ranks(run))
     assert status != 0 and not Path("out/model.pt").exists()
     assert "2 processes" in refused(capsys, "--resume --device cpu")
-    status, out, _ = send_after(15, signal.SIGTERM, start_ranks(run, "--resume"))
+    status, out, _ = send_after(8, signal.SIGTERM, start_ranks(run, "--resume"))
     assert status != 0 and "Resuming after step" in out and "Stopped after step" in out
     states = torch.load("out/checkpoint.pt", weights_only=True)["random"]
     assert not torch.equal(states[0]["cpu"], states[1]["cpu"])  # each draws masks of its own
@@ -1227,8 +1227,8 @@ def test_one_rank_killed_or_signalled_ends_all_and_the_run_goes_on_bit_for_bit(r
 
 @needs_posix
 def test_two_sharded_ranks_under_muon_go_on_from_weights_as_one_does(ranked, theirs):
-    run = re.sub("--context-length 8|--epochs 10", "", ranked)
-    run += " --init-from theirs --optimizer muon --max-steps 10"
+    run = re.sub("--context-length 8|--epochs 5|--warmup-steps 5", "", ranked)
+    run += " --init-from theirs --optimizer muon --max-steps 5"
     succeed(run, "--batch-size 4 --out-dir one")
     ranks(run, "--batch-size 2 --fsdp")
     ours, one = read_losses("out"), read_losses("one")
