@@ -583,7 +583,7 @@ divisible: --n-heads 3
 torchrun: --fsdp
 empty: --start-context= | --data empty.txt | --write-tokens x.bin --data empty.txt
 means nothing: --checkpoint junk.pt | --temperature 1 | --top-k 3 | --sample Hi --epochs 3
-means nothing: --sample Hi --top-k 3 | --eval-only --lr 1 | --export-hf x --data text.txt
+means nothing: --sample Hi --top-k 3 | --eval-only --lr 1 | --val-data x --train-ratio .5
 don't go together: --overwrite --resume | --sample Hi --eval-only
 above --lr: --min-lr 1
 steps: --warmup-steps 1
@@ -791,7 +791,7 @@ def test_disturbed_run_saves_all_and_goes_on(way, disturbed, monkeypatch, capsys
 
 MOMENTS = (
     "evaluate_model SIGINT 1, train_step SIGXCPU 7, save SIGUSR1 1, note_random SIGUSR2 9, "
-    "generate_and_print_sample SIGHUP 1, save_losses SIGINT 3, measure SIGTERM 2"
+    "generate_and_print_sample SIGHUP 1, save_losses SIGQUIT 3, measure SIGTERM 2"
 )
 
 

@@ -504,7 +504,7 @@ class Output(io.TextIOBase):
         try:
             encoding = getattr(self.stream, "encoding", None) or "utf-8"
             self.stream.write((text + status).encode(encoding, "replace").decode(encoding))
-            self.stream.flush()
+            getattr(self.stream, "flush", bool)()  # a notebook's, or somebody's own, may have none
         except (OSError, ValueError, AttributeError) as error:  # None has no write
             self.lost = True
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -567,9 +567,10 @@ def catch_signals(stack):
         with contextlib.suppress(RuntimeError):  # it came amid another print
             print("stopping after this step; again to stop at once", file=sys.stderr)
 
-    names = "INT", "TERM", "HUP", "USR1", "USR2", "XCPU", "ALRM", "VTALRM", "PROF", "PWR", "BREAK"
-    for number in (getattr(signal, f"SIG{name}", None) for name in names):
-        if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+    ends = "SIG(INT|TERM|HUP|QUIT|USR[12]|XCPU|ALRM|VTALRM|PROF|PWR|IO|POLL|STKFLT|RTMIN|BREAK)"
+    for number in signal.Signals:
+        asks = re.fullmatch(ends, number.name)
+        if asks and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             with contextlib.suppress(ValueError):  # only the main thread can set handlers
                 stack.callback(signal.signal, number, signal.signal(number, ask))
     return stop
@@ -619,6 +620,7 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap is 2 % smaller than several
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -656,6 +658,7 @@ def save(path: Path, content) -> bool:
     """Save content on rank 0, as JSON or as torch does; where that fails, warn and return False."""
     try:
         if rank() == 0:
+            path.parent.mkdir(exist_ok=True)  # somebody may have removed it
             with whole_file(path) as file:
                 if path.suffix == ".json":
                     file.write(json.dumps(content, indent=1).encode())
@@ -1303,8 +1306,9 @@ def load_hf(folder: Path) -> dict:
         raise ValueError(f"vocab_size is below GPT-2's 50257, or {', '.join(HF_DROPS)} differ")
     config = dict(zip(GPT_CONFIG_124M, [theirs[name] for name in HF_SIZES]))
     config, state = config | {"drop_rate": drops.pop(), "qkv_bias": True}, {}
-    shards = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    for shard in shards or [folder / "model.safetensors"]:
+    forms = "model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"
+    forms = ([*folder.glob(form)] for form in forms)  # the first one, as transformers takes it
+    for shard in next(filter(None, forms), [folder / "model.safetensors"]):
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)
         part = (load if shard.suffix == ".bin" else safetensors.torch.load_file)(shard)
         state |= {name.removeprefix("transformer."): weight for name, weight in part.items()}
@@ -1525,6 +1529,7 @@ def check_meaning(args, given, group_of) -> None:
         and {"val_data", "train_ratio"} & {*given},
         "--temperature is out of range: 0, or from 0.001 on": 0 < args.temperature < 1e-3,
         "--top-k means nothing at --temperature 0": args.top_k and not args.temperature,
+        "--train-ratio means nothing with --val-data": {"train_ratio", "val_data"} <= {*given},
         "--overwrite and --resume don't go together: give one": args.overwrite and args.resume,
         "--start-context is empty: give it at least one character": not args.start_context,
         "--fsdp needs several processes: start with torchrun": args.fsdp and alone,
