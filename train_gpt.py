@@ -173,7 +173,8 @@ class TransformerBlock(nn.Module):
         self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
 
     def forward(self, x, cache=None):
-        x = x + self.drop_shortcut(self.att(self.norm1(x), cache))
+        normed = self.norm1(x)
+        x = x + self.drop_shortcut(self.att(normed) if cache is None else self.att(normed, cache))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -198,7 +199,7 @@ class GPTModel(nn.Module):
         """Return logits; with caches, [] at first, the last token's, given those not in them."""
         if caches == []:
             caches.extend(deque() for _ in self.trf_blocks)  # FSDP2 would copy lists
-        past = caches[0][1] if caches and caches[0] else 0
+        past = max(cache[1] if cache else 0 for cache in caches) if caches else 0
         end = past + in_idx.shape[1]
         if end > self.pos_emb.num_embeddings:
             raise ValueError(f"{end} tokens, but the context holds {self.pos_emb.num_embeddings}")
@@ -206,15 +207,14 @@ class GPTModel(nn.Module):
         x = self.drop_emb(self.tok_emb(in_idx) + positions)  # (B, T, emb)
         for number, block in enumerate(self.trf_blocks):
             x = block(x) if caches is None else block(x, caches[number])
-        if caches is not None:
-            x = x[:, -1:]
+        x = x if caches is None else x[:, -1:]
         return self.out_head(self.final_norm(x))  # (B, T, vocab)
 
 
 def rename_published(model, state_dict, *_):
     """Give the book's weights, in place, this file's names; called before weights are loaded."""
     names = {".W_query.": ".qkv.", ".layers.": ".", ".scale": ".weight", ".shift": ".bias"}
-    for published in list(state_dict):
+    for published in state_dict.keys() - model.state_dict().keys():
         name, parts = published, [published]
         if ".W_query." in published:
             parts += [published.replace("query", "key"), published.replace("query", "value")]
@@ -306,11 +306,11 @@ def train(
     """Train as a generator of optimizer steps: do one, then yield its loss in nats per token.
 
     When it yields, all of the step is done: the caller may stop there, save progress and random
-    states, and go on later. progress: where to begin, kept up to date. optimizer: one or a list.
-    learning_rate: function of the step. eval_iter: batches per evaluation. grad_accum_steps:
-    batches per step. autocast, scaler: torch's. An empty start_context prints no samples.
+    states, and go on later with a train_loader that yields the rest of the epoch. progress: where
+    to begin, kept up to date. learning_rate: function of the step. grad_accum_steps: batches per
+    step. optimizer: one or several. autocast, scaler: torch's. No start_context, no samples.
     """
-    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    optimizers = [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
     options = device, grad_clip, autocast, scaler
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     while progress.epoch < num_epochs and len(train_loader):
@@ -383,9 +383,11 @@ def takes_caches(model) -> bool:
     """Tell whether a model and its blocks can go on from caches, or are of another's making."""
     import inspect
 
-    model = getattr(model, "module", model)  # inside DistributedDataParallel
-    taken = (inspect.signature(part.forward) for part in (model, *getattr(model, "trf_blocks", ())))
-    return all({"caches", "cache"} & signature.parameters.keys() for signature in taken)
+    inner = getattr(model, "module", model)  # of DistributedDataParallel, which hands all on
+    blocks = [*getattr(inner, "trf_blocks", ())]
+    parts = model, inner, *blocks, *(getattr(block, "att", block) for block in blocks)
+    taken = (inspect.signature(part.forward).parameters.keys() for part in parts)
+    return all({"caches", "cache", "kwargs"} & names for names in taken)
 
 
 @torch.no_grad()
@@ -459,8 +461,8 @@ def plot_losses(
 
     if show:
         from matplotlib import pyplot
-    make = pyplot.figure if show else figure.Figure
-    picture = make(figsize=(6.5, 4.3), layout="constrained")
+    options = {"figsize": (6.5, 4.3), "layout": "constrained"}
+    picture = pyplot.figure(**options) if show else figure.Figure(**options)
     axes = picture.add_subplot()
     dots = {"marker": "o", "markersize": 3} if len(epochs_seen) < 30 else {}
     axes.plot(epochs_seen, train_losses, label="Training loss", **dots)
@@ -705,7 +707,9 @@ def remove_stale(folder, overwrite) -> None:
 
 def step_log(path: Path, last: int, stack) -> Output:
     """Return steps.csv to append to, cut after the row of step `last`."""
-    rows = path.read_bytes().splitlines(True)[: last + 2] if last >= 0 and path.exists() else []
+    rows = path.read_bytes().splitlines(True) if last >= 0 and path.exists() else []
+    known = {b"step", *(b"%d" % step for step in range(last + 1))}
+    rows = [row for row in rows if row.split(b",")[0] in known and row.endswith(b"\n")]
     log = Output(stack.enter_context(path.open("a")) if rank() == 0 else io.StringIO())
     log.stream.truncate(sum(map(len, rows)))
     log.other = sys.stderr
@@ -1255,7 +1259,10 @@ def load_model(path: Path):
             content = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):
             model = GPTModel(content["config"])
-        model.load_state_dict(content["model"], assign=True)
+        model.load_state_dict({k: v.float() for k, v in content["model"].items()}, assign=True)
+        for name, weight in model.state_dict().items():
+            if not weight.sum().isfinite():
+                raise ValueError(f"{name} is not finite")
         return content, model
     except FileNotFoundError as error:
         lost = error.filename or path / "model.safetensors"
@@ -1302,18 +1309,26 @@ def load_hf(folder: Path) -> dict:
         if (value := theirs.get(name, wanted)) not in (wanted, same.get(name, wanted)):
             raise ValueError(f"{name} is {value!r}, this model has {wanted!r}")
     drops = {theirs.get(name, 0.1) for name in HF_DROPS}
-    if len(drops) > 1 or theirs["vocab_size"] < 50257:
-        raise ValueError(f"vocab_size is below GPT-2's 50257, or {', '.join(HF_DROPS)} differ")
+    if len(drops) > 1:
+        raise ValueError(f"{', '.join(HF_DROPS)} differ, this model has one dropout")
+    if theirs["vocab_size"] < 50257:
+        raise ValueError(f"vocab_size is {theirs['vocab_size']}, GPT-2's is 50257")
     config = dict(zip(GPT_CONFIG_124M, [theirs[name] for name in HF_SIZES]))
     config, state = config | {"drop_rate": drops.pop(), "qkv_bias": True}, {}
-    forms = "model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"
-    forms = ([*folder.glob(form)] for form in forms)  # the first one, as transformers takes it
-    for shard in next(filter(None, forms), [folder / "model.safetensors"]):
+    shards = ["model.safetensors"]
+    for name in ("pytorch_model.bin", "model.safetensors"):  # the latter first, as in transformers
+        if (folder / name).exists():
+            shards = [name]
+        elif (index := folder / f"{name}.index.json").exists():
+            shards = {*json.loads(index.read_text())["weight_map"].values()}
+    for shard in map(folder.joinpath, shards):
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)
         part = (load if shard.suffix == ".bin" else safetensors.torch.load_file)(shard)
         state |= {name.removeprefix("transformer."): weight for name, weight in part.items()}
     if theirs.get("tie_word_embeddings", True):
-        state["lm_head.weight"] = state["wte.weight"].clone()
+        head = state.setdefault("lm_head.weight", state["wte.weight"].clone())
+        if not torch.equal(head, state["wte.weight"]):
+            raise ValueError("tie_word_embeddings isn't false, but lm_head.weight differs")
     with torch.device("meta"):
         weights = GPTModel(config).state_dict()
     for name, like in weights.items():
@@ -1395,6 +1410,12 @@ def number(kind, low, high):
     return convert
 
 
+def some_path(text):
+    if not text:
+        raise argparse.ArgumentTypeError("empty: name a file or folder")
+    return os.path.expanduser(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Name each flag, its type, default and meaning; those that one meets first come first."""
     shape = functools.partial(argparse.HelpFormatter, max_help_position=30, width=110)
@@ -1402,7 +1423,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.usage = "python train_gpt.py [--data my.txt] [--model tiny] [--resume] ..."
     size, count = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1)
     rate, share = number(float, 0, 1e30), number(float, 0, 1 - 1e-9)
-    positive, path = number(float, 1e-30, 1e30), os.path.expanduser
+    positive, path = number(float, 1e-30, 1e30), some_path
 
     def add(flag, kind, default, text, **more):
         metavar = {str: "TEXT", path: "PATH"}.get(kind, "N")
@@ -1840,9 +1861,9 @@ def tell(run, argv, folder) -> None:
         print("To export it:", quoted(here + ["--export-hf", "exported"]))
     stopped, more = progress.step + 1 < plan.steps, ["--resume"]
     if not stopped and args.max_steps:
-        more += ["--max-steps", str(2 * plan.steps)]
+        more += ["--max-steps", str(2 * progress.step + 2)]
     if not stopped and (args.epochs or not args.max_steps):
-        more += ["--epochs", str(2 * plan.epochs)]
+        more += ["--epochs", str(2 * max(plan.epochs, progress.epoch))]
     alone = world_size() == 1
     way = quoted(again + more) if alone else f"the same torchrun command with {quoted(more)}"
     if stopped:
