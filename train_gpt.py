@@ -494,8 +494,9 @@ class Output(io.TextIOBase):
     status, shown = str, 0  # a function that says what is being done; characters on the screen
 
     def __init__(self, stream):
-        self.stream, self.other, self.lost = stream, self, False
-        self.terminal = not getattr(stream, "closed", True) and stream.isatty()
+        self.stream, self.other, self.lost, self.terminal = stream, self, False, False
+        with contextlib.suppress(Exception):  # of None, of somebody's own object
+            self.terminal = not stream.closed and stream.isatty()
 
     def write(self, text, status=""):
         if self.lost:
@@ -507,11 +508,11 @@ class Output(io.TextIOBase):
             encoding = getattr(self.stream, "encoding", None) or "utf-8"
             self.stream.write((text + status).encode(encoding, "replace").decode(encoding))
             getattr(self.stream, "flush", bool)()  # a notebook's, or somebody's own, may have none
-        except (OSError, ValueError, AttributeError) as error:  # None has no write
+        except Exception as error:  # whatever a stream raises, printing decides nothing
             self.lost = True
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+            with contextlib.suppress(Exception), open(os.devnull, "wb") as nowhere:
                 # What stayed in the stream's buffer would fail again when Python exits.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                os.dup2(nowhere.fileno(), self.stream.fileno())
             name = getattr(self.stream, "name", "output")
             self.other.write(f"train_gpt: warning: {name} is lost from here on ({error})\n")
 
@@ -559,8 +560,10 @@ def catch_signals(stack):
     stop = argparse.Namespace(signal=0, at_once=True, since=0.0)
 
     def ask(number, frame):
-        # The same one within a second is no second one: uv, IDEs, process managers send it twice.
-        if stop.signal == number and time.monotonic() - stop.since < 1:
+        number = signal.Signals(number)
+        # Within a second it is the same wish: uv, IDEs, process managers send it twice or send two.
+        # The kernel sends XCPU each second.
+        if stop.signal and (time.monotonic() - stop.since < 1 or number.name == "SIGXCPU"):
             return
         at_once, stop.since = stop.at_once or stop.signal, time.monotonic()
         stop.signal = stop.signal or number
@@ -569,7 +572,7 @@ def catch_signals(stack):
         with contextlib.suppress(RuntimeError):  # it came amid another print
             print("stopping after this step; again to stop at once", file=sys.stderr)
 
-    ends = "SIG(INT|TERM|HUP|QUIT|USR[12]|XCPU|ALRM|VTALRM|PROF|PWR|IO|POLL|STKFLT|RTMIN|BREAK)"
+    ends = "SIG(INT|TERM|HUP|QUIT|USR[12]|XCPU|ALRM|VTALRM|PROF|PWR|IO|POLL|STKFLT|RTM.*|BREAK)"
     for number in signal.Signals:
         asks = re.fullmatch(ends, number.name)
         if asks and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -583,7 +586,8 @@ def keep_settings(stack) -> None:
     import warnings
 
     deterministic = torch.are_deterministic_algorithms_enabled()
-    stack.callback(torch.use_deterministic_algorithms, deterministic)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
     stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     stack.callback(torch.set_rng_state, torch.get_rng_state())
     if backend := os.environ.pop("MPLBACKEND", None):  # nothing here depends on a display
@@ -660,13 +664,15 @@ def save(path: Path, content) -> bool:
     """Save content on rank 0, as JSON or as torch does; where that fails, warn and return False."""
     try:
         if rank() == 0:
-            path.parent.mkdir(exist_ok=True)  # somebody may have removed it
+            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             with whole_file(path) as file:
                 if path.suffix == ".json":
                     file.write(json.dumps(content, indent=1).encode())
                 else:
                     torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch.save's RuntimeError comes of an OSError
+    except (OSError, RuntimeError) as error:  # torch.save's RuntimeError comes of another error
+        if isinstance(error.__context__, Stopped):
+            raise error.__context__ from None
         warn(f"{path} can't be saved, an old one is kept ({error.__context__ or error})")
         return False
     return True
@@ -674,6 +680,8 @@ def save(path: Path, content) -> bool:
 
 def claim(folder: Path, args, stack) -> None:
     """Hold the run's folder, unless it is another run's. Raises UserError."""
+    import errno
+
     import filelock
 
     new = not folder.exists()
@@ -691,17 +699,25 @@ def claim(folder: Path, args, stack) -> None:
         stack.callback(leave)
     except filelock.Timeout:
         raise UserError(f"another run is using {folder}: name another --out-dir") from None
-    except NotImplementedError:
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
         warn(f"{folder} can't be locked: let no other run use it")
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
         ways = "go on with it by --resume, replace it by --overwrite, or name another --out-dir"
+        if args.resume:
+            ways = f"no checkpoint.pt: --init-from {folder / found[0]}, or replace by --overwrite"
         raise UserError(f"{folder} holds a run ({', '.join(found)}): {ways}")
 
 
 def remove_stale(folder, overwrite) -> None:
     """Remove what a run replaces: all of another run's files, or model.pt of fewer steps."""
-    for name in (*WEIGHTS, *FIGURES) if overwrite else ("model.pt",):
+    names = (*WEIGHTS, *FIGURES) if overwrite else ("model.pt",)
+    times = [path.stat().st_mtime for path in map(folder.joinpath, WEIGHTS[::2]) if path.exists()]
+    if not overwrite and times == sorted(times, reverse=True):
+        names = ()  # model.pt is the later one: when it was saved, checkpoint.pt found no room
+    for name in names:
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
 
 
@@ -1197,9 +1213,7 @@ def weights_of(run) -> dict:
     weights = dcp.get_model_state_dict(run.model, options=whole)
     if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
         raise UserError(f"weights at step {run.progress.step} are not finite: {CALMER}")
-    source = {name: getattr(run.args, name) for name in ("data", "val_data", "train_ratio")}
-    source |= {"sha256": run.corpus.sha256, "folder": os.getcwd()}
-    return {"config": run.config, "model": weights, "source": source}
+    return {"config": run.config, "model": weights, "source": run.source}
 
 
 def checkpoint_of(run, weights) -> dict:
@@ -1491,7 +1505,7 @@ def flag_of(name) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse_arguments(argv):
+def parse_arguments(argv, stack):
     """Return (arguments, those kept in a checkpoint, content of the checkpoint to resume or {})."""
     import difflib
 
@@ -1518,6 +1532,8 @@ def parse_arguments(argv):
     ]
     check_meaning(args, given, group_of)
     path = Path(args.out_dir, "checkpoint.pt")
+    if rank() == 0 and not {*MODES} & {*given}:
+        claim(path.parent, args, stack)  # before its checkpoint is read: its run may be ending now
     if args.resume and path.exists():
         content, _ = load_model(path)
         if not isinstance(content.get("settings"), dict):
@@ -1764,6 +1780,8 @@ def train_steps(run, folder, stop, log) -> int:
     options |= {"autocast": run.autocast, "scaler": run.scaler, "learning_rate": rate_of}
     steps = train(*book, plan.eval_iter, "", tokenizer, progress=progress, **options)
     next_save, every = time.monotonic() + 120, args.checkpoint_every
+    if not from_all_ranks((folder / "best.pt").exists())[0]:  # it is made again
+        run.losses.pop("best", None)
     if progress.history and progress.history[-1][0] == progress.step:  # a kill may have come
         save_best(run, folder, progress.history[-1][4])  # before best.pt
     while progress.step + 1 < plan.steps and not asked:
@@ -1795,14 +1813,21 @@ def train_steps(run, folder, stop, log) -> int:
 
 def finish(run, folder) -> list:
     """Save each file by itself, weights first; measure, draw; return the names of missing files."""
+    import tempfile
+
     show(f"saving to {folder}")
     finished, weights = run.progress.step + 1 >= run.plan.steps, weights_of(run)
     missing = []
     if finished:
         missing += ["model.pt"] * (not save(folder / "model.pt", weights))
         titles = "Final training loss", "Final validation loss"
-        run.losses["final"] = measure(run, run.loaders[2], *titles)
-        save_best(run, folder, run.losses["final"][1], weights)
+        try:
+            run.losses["final"] = measure(run, run.loaders[2], *titles)
+            save_best(run, folder, run.losses["final"][1], weights)
+        except DataLost as error:
+            if world_size() > 1:
+                raise
+            warn(f"there are no final losses: {error}")
     missing += ["best.pt"] * (not save_held(run, folder))
     weights = weights_of(run)  # again, since FSDP2's optimizer is found by it
     if not save(folder / "checkpoint.pt", checkpoint_of(run, weights)):
@@ -1813,8 +1838,14 @@ def finish(run, folder) -> list:
     if run.draws and run.progress.history:
         show("drawing")
         _, *columns = zip(*run.progress.history)
-        with contextlib.suppress(OSError):
-            plot_losses(*columns, paths=[folder / name for name in FIGURES[2:]], show=False)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
+                paths = [Path(work, name) for name in FIGURES[2:]]
+                plot_losses(*columns, paths=paths, show=False)
+                for path in paths:
+                    os.replace(path, folder / path.name)
+        except Exception as error:  # whatever matplotlib makes of its settings or of a full disk
+            warn(f"the plot can't be drawn ({error})")
     return missing
 
 
@@ -1842,7 +1873,7 @@ def tell(run, argv, folder) -> None:
         print(f"Training loss: {train_then:.3f} -> {train:.3f}")
         print(f"Validation loss: {val_then:.3f} -> {val:.3f}")
         lowest = run.losses.get("best", [math.inf])[0]
-        if train < train_then and val > 1.01 * lowest:
+        if train < train_then and val > 1.01 * lowest and (folder / "best.pt").exists():
             print(
                 f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better: "
                 "best.pt has the weights of the lowest validation loss"
@@ -1851,7 +1882,7 @@ def tell(run, argv, folder) -> None:
     sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
     print(f"Files in {folder}: {', '.join(sizes)}")
     script = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
-    if script + argv != sys.orig_argv:  # Python didn't start with this command
+    if script + argv != sys.orig_argv or Path(script[-1]).stem != Path(__file__).stem:
         script = ["python", "train_gpt.py"]
     quoted = shlex.join if os.name == "posix" else subprocess.list2cmdline
     here = script + ["--out-dir", str(folder)] * (folder != Path("out"))
@@ -1875,15 +1906,16 @@ def tell(run, argv, folder) -> None:
 def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
     """Train as the command line says; return the exit status."""
     folder = Path(args.out_dir)
-    if rank() == 0:
-        claim(folder, args, stack)
     if args.resume and not checkpoint:
         print(f"There is no run in {folder} to resume: beginning one")
     run = argparse.Namespace(args=args, settings=kept, draws=rank() == 0 and can_draw())
     run.config, weights = (checkpoint["config"], None) if checkpoint else first_model(args)
     run.corpus, run.device = load_corpus(args), device
+    run.source = {name: getattr(args, name) for name in ("data", "val_data", "train_ratio")}
+    run.source |= {"sha256": run.corpus.sha256, "folder": os.getcwd()}
     run.loaders = loaders = make_loaders(args, run.config, run.corpus, device)
     run.plan = make_plan(args, loaders)
+    run.settings["eval_iter"] = run.plan.eval_iter  # the measure of the best loss stays
     dtype, run.autocast, run.scaler = choose_precision(device, args.dtype)
     run.model, run.optimizers = make_model(args, run.config, weights, device, loaders[0])
     run.progress, run.losses, run.random, run.best, run.next_best = Progress(), {}, {}, {}, 0.0
@@ -1945,7 +1977,7 @@ def main(argv=None) -> int:
         stop = catch_signals(stack)
         try:
             join_ranks()
-            args, kept, checkpoint = parse_arguments(argv)
+            args, kept, checkpoint = parse_arguments(argv, stack)
             if args.write_tokens:
                 return write_tokens(args)
             if args.export_hf:
