@@ -756,7 +756,7 @@ def check_format(path, head: bytes, wanted: str) -> None:
     is_text = wanted == "UTF-8 text"
     magics = [magic for magic in FORMATS if is_text or len(magic) > 3]  # a token id may be one
     found = [FORMATS[magic] for magic in magics if head.startswith(magic)]
-    if is_text and 5 * head.count(0) > len(head):
+    if is_text and 20 * len(re.findall(rb"[\0-\x08\x0e-\x1a]", head)) > len(head):
         found.append("UTF-16 without a byte order mark, or binary")
     text = head.decode(errors="ignore")
     readable = len(text.encode()) > len(head) - 4 and not re.search(r"[\0-\x08\x0e-\x1f]", text)
@@ -904,7 +904,7 @@ def load_token_file(path, ratio):
     file, size = path.open("rb", buffering=0), path.stat().st_size
     show(lambda: f"checking {path}: {file.tell() / 1e6:,.0f} of {size / 1e6:,.0f} MB")
     head = file.read(1024)
-    magic, _, announced = array("i", head[:12].ljust(12))
+    magic, version, announced = array("i", head[:12].ljust(12))
     first = 512 if magic == 20240520 else 0
     check_format(path, head, "row of uint16 ids")
     file.seek(2 * first)
@@ -916,6 +916,7 @@ def load_token_file(path, ratio):
     count = size // 2 - first
     problems = {
         f"{size} bytes, so it is no row of uint16 ids": count < 1 or size % 2,
+        f"a header of version {version}, but 1 is that of uint16": first and version != 1,
         f"{count} ids, but announces {announced}: cut?": first and count != announced,
         "ids of 4 or 8 bytes, as uint32 and int64 are: write uint16": largest and not odd_sum,
         f"the id {largest}, but GPT-2's end with 50256": largest > 50256,
@@ -948,9 +949,14 @@ def load_corpus(args):
     counts = f"{len(files)} file{'s' * (len(files) > 1)}"
     if over + more:
         counts += f", {over + more} passed over: hidden, or not *.txt"
-    corpus = argparse.Namespace(train=train, val=val, sha256=repr((hashes, len(sources))))
+    corpus = argparse.Namespace(train=train, val=val)
+    corpus.sha256 = repr((hashes, [*map(len, train)]))  # where it is cut, too
+    corpus.source = {"data": args.data or [str(files[0])], "val_data": args.val_data}
+    corpus.source |= {"train_ratio": args.train_ratio, "sha256": corpus.sha256}
+    corpus.source["folder"] = os.getcwd()
     corpus.characters, corpus.tokens = sum(characters), sum(tokens)
-    corpus.name = f"{', '.join(args.data or [str(files[0])])} ({counts})"
+    names = corpus.source["data"] + (args.val_data or [])
+    corpus.name = f"{', '.join(names)} ({counts})"
     return corpus
 
 
@@ -1092,7 +1098,7 @@ def choose_device(name: str) -> torch.device:
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # of "meta" there is none
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         raise UserError(f"--device {name} can't be used here ({error})") from None
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)
@@ -1213,7 +1219,7 @@ def weights_of(run) -> dict:
     weights = dcp.get_model_state_dict(run.model, options=whole)
     if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
         raise UserError(f"weights at step {run.progress.step} are not finite: {CALMER}")
-    return {"config": run.config, "model": weights, "source": run.source}
+    return {"config": run.config, "model": weights, "source": run.corpus.source}
 
 
 def checkpoint_of(run, weights) -> dict:
@@ -1271,6 +1277,9 @@ def load_model(path: Path):
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
+        for name, least in (("vocab_size", 50257), ("n_heads", 1)):
+            if (size := content["config"][name]) < least:
+                raise ValueError(f"{name} is {size}, but at least {least} is needed")
         with torch.device("meta"):
             model = GPTModel(content["config"])
         model.load_state_dict({k: v.float() for k, v in content["model"].items()}, assign=True)
@@ -1325,8 +1334,6 @@ def load_hf(folder: Path) -> dict:
     drops = {theirs.get(name, 0.1) for name in HF_DROPS}
     if len(drops) > 1:
         raise ValueError(f"{', '.join(HF_DROPS)} differ, this model has one dropout")
-    if theirs["vocab_size"] < 50257:
-        raise ValueError(f"vocab_size is {theirs['vocab_size']}, GPT-2's is 50257")
     config = dict(zip(GPT_CONFIG_124M, [theirs[name] for name in HF_SIZES]))
     config, state = config | {"drop_rate": drops.pop(), "qkv_bias": True}, {}
     shards = ["model.safetensors"]
@@ -1514,7 +1521,7 @@ def parse_arguments(argv, stack):
     group_of = {action.dest: action.container.title for action in flags.values()}
 
     def error(message):
-        known = [*flags, *(choice for action in flags.values() for choice in action.choices or [])]
+        known = re.findall(r"[\w-]+", message.partition("choose from")[2]) or [*flags]
         wrong = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^' =]+)", message)
         near = difflib.get_close_matches(wrong[1], known, 1, 0.5) if wrong else []
         raise UserError(message + "".join(f"; did you mean {name}?" for name in near))
@@ -1539,6 +1546,7 @@ def parse_arguments(argv, stack):
         if not isinstance(content.get("settings"), dict):
             raise UserError(f"{path} holds weights alone: --resume needs a run's checkpoint.pt")
     for name, saved in content.get("settings", {}).items():
+        saved = content["config"].get(name) if saved is None else saved
         fixed = name in given and group_of[name] in FIXED and not name.endswith("data")
         if fixed and (here := getattr(args, name)) != saved:
             what = f"{flag_of(name)} is {saved} in the checkpoint but {here} here"
@@ -1911,8 +1919,6 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
     run = argparse.Namespace(args=args, settings=kept, draws=rank() == 0 and can_draw())
     run.config, weights = (checkpoint["config"], None) if checkpoint else first_model(args)
     run.corpus, run.device = load_corpus(args), device
-    run.source = {name: getattr(args, name) for name in ("data", "val_data", "train_ratio")}
-    run.source |= {"sha256": run.corpus.sha256, "folder": os.getcwd()}
     run.loaders = loaders = make_loaders(args, run.config, run.corpus, device)
     run.plan = make_plan(args, loaders)
     run.settings["eval_iter"] = run.plan.eval_iter  # the measure of the best loss stays
@@ -1928,6 +1934,8 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
             raise UserError(f"{lacks} ({error}): start anew with --overwrite") from None
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {run.progress.step:06d}")
+        if run.progress.step + 1 >= run.plan.steps:
+            warn("all steps are done: to train on, raise --max-steps or --epochs")
     else:
         # In the book's order where no window is left over, for the book's figures.
         whole = loaders[0] if len(loaders[0]) == len(loaders[2]) else loaders[2]
@@ -1974,9 +1982,10 @@ def main(argv=None) -> int:
         show("starting")
         guard_output(stack)
         keep_settings(stack)
-        stop = catch_signals(stack)
+        stop = argparse.Namespace(signal=0)
         try:
-            join_ranks()
+            join_ranks()  # first, since torch doesn't look for signals while it waits
+            stop = catch_signals(stack)
             args, kept, checkpoint = parse_arguments(argv, stack)
             if args.write_tokens:
                 return write_tokens(args)
@@ -2004,6 +2013,8 @@ def main(argv=None) -> int:
             message = str(error)
         except OSError as error:
             message = f"{error}: check that path, its permissions and the free space"
+        except ImportError as error:
+            message = f"{error}: pip install -r requirements.txt"
         except (MemoryError, RuntimeError) as error:
             message = known_failure(error)
         if rank():
