@@ -711,12 +711,13 @@ def claim(folder: Path, args, stack) -> None:
         raise UserError(f"{folder} holds a run ({', '.join(found)}): {ways}")
 
 
-def remove_stale(folder, overwrite) -> None:
+def remove_stale(folder, overwrite, step) -> None:
     """Remove what a run replaces: all of another run's files, or model.pt of fewer steps."""
     names = (*WEIGHTS, *FIGURES) if overwrite else ("model.pt",)
-    times = [path.stat().st_mtime for path in map(folder.joinpath, WEIGHTS[::2]) if path.exists()]
-    if not overwrite and times == sorted(times, reverse=True):
-        names = ()  # model.pt is the later one: when it was saved, checkpoint.pt found no room
+    with contextlib.suppress(Exception):  # it is missing, or another's file
+        model = torch.load(folder / "model.pt", mmap=True, weights_only=True)
+        if model["step"] > step and not overwrite:  # a later checkpoint had found no room
+            return
     for name in names:
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
 
@@ -1219,7 +1220,8 @@ def weights_of(run) -> dict:
     weights = dcp.get_model_state_dict(run.model, options=whole)
     if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
         raise UserError(f"weights at step {run.progress.step} are not finite: {CALMER}")
-    return {"config": run.config, "model": weights, "source": run.corpus.source}
+    more = {"source": run.corpus.source, "step": run.progress.step}
+    return {"config": run.config, "model": weights, **more}
 
 
 def checkpoint_of(run, weights) -> dict:
@@ -1942,7 +1944,7 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
         run.losses["initial"] = measure(run, whole, "Training loss", "Validation loss")
         note_random(run)
     if rank() == 0 and run.progress.step + 1 < run.plan.steps:
-        remove_stale(folder, args.overwrite)
+        remove_stale(folder, args.overwrite, run.progress.step)
     stop.at_once, lost = False, None
     try:
         log = step_log(folder / "steps.csv", run.progress.step, stack)
