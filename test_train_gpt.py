@@ -169,7 +169,6 @@ def disk_for_files_of(size):
 
 
 def act_at(moment, call, action, patch):
-    """Do something at one of the calls of a function of the file's."""
     plain, calls = getattr(train_gpt, moment), []
 
     def act_and_call(*arguments, **options):
@@ -267,6 +266,7 @@ def test_published_run_begins_with_the_published_losses(chapter, fast, capsys):
     assert (len(train_loader), len(val_loader)) == (9, 1)
     torch.manual_seed(123)
     model = chapter.GPTModel(chapter.GPT_CONFIG_124M)
+    assert sum(p.numel() for p in model.parameters()) == 162419712
     state = torch.get_rng_state()
     initial = chapter.evaluate_model(model, train_loader, val_loader, "cpu", eval_iter=None)
     assert initial == pytest.approx((10.987583, 10.981106), abs=5e-4)
@@ -275,10 +275,12 @@ def test_published_run_begins_with_the_published_losses(chapter, fast, capsys):
     book = model, train_loader, val_loader, optimizer, "cpu", 10, 5, 5, "Every effort moves you"
     progress = chapter.Progress()
     steps = chapter.train(*book, TOKENIZER, progress=progress)
-    assert next(steps) == pytest.approx(10.999969, abs=5e-4)
-    assert next(steps) == pytest.approx(9.857110, abs=5e-4)  # of another batch, after an update
-    line = "Ep 1 (Step 000000): Train loss 9.781, Val loss 9.933\n"
-    assert capsys.readouterr().out == line and progress.tokens_seen == 1024
+    while progress.step < 5:
+        next(steps)
+    printed = "Ep 1 (Step 000000): Train loss 9.781, Val loss 9.933\n"
+    printed += "Ep 1 (Step 000005): Train loss 8.111, Val loss 8.339\n"
+    assert capsys.readouterr().out == printed
+    assert [entry[2] for entry in progress.history] == [512, 3072]
 
 
 # --------------------------------------------------------------------- the chapter, piece by piece
@@ -797,13 +799,12 @@ MOMENTS = (
 
 @needs_posix
 @pytest.mark.parametrize("case", MOMENTS.split(", "))
-def test_signal_at_any_moment_lets_the_run_save_and_say_how_to_go_on(case, capsys):
+def test_signal_at_any_moment_lets_the_run_save_and_say_how_to_go_on(case, monkeypatch, capsys):
     moment, name, call = case.split()
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    with pytest.MonkeyPatch.context() as patch:
-        act_at(moment, int(call), lambda: os.kill(os.getpid(), number), patch)
-        assert train_gpt.main(words(SIZES, LONG)) == 128 + number
+    act_at(moment, int(call), lambda: os.kill(os.getpid(), number), monkeypatch)
+    assert train_gpt.main(words(SIZES, LONG)) == 128 + number
     assert Path("out/loss-plot.pdf").exists() and signal.getsignal(number) is before
     if moment == "measure":
         assert weights("out/model.pt") and len(read_losses("out")["final"]) == 2
@@ -842,9 +843,8 @@ def test_token_file_that_is_cut_while_training_ends_it_saved(moment, call, monke
     run = "--data ids.bin --batch-size 8 --max-steps 20 --eval-freq 4"
     write("ids.bin", array("H", IDS))
     command(run, out="undisturbed")
-    with monkeypatch.context() as patch:
-        act_at(moment, call, lambda: os.truncate("ids.bin", 100), patch)
-        line = refused(capsys, SIZES, run)
+    act_at(moment, call, lambda: os.truncate("ids.bin", 100), monkeypatch)
+    line = refused(capsys, SIZES, run)
     assert "ids.bin" in line and "saved" in line and Path("out/checkpoint.pt").exists()
     write("ids.bin", array("H", IDS))
     command(run, "--resume")
@@ -1189,7 +1189,7 @@ def ranked(workplace):
     """Flags of a run that has uneven groups of batches, ragged ends of both parts, clipping."""
     for name, windows in (("train", 22), ("val", 9)):  # 5 batches of 4, and 4 + 4 + 1
         write(f"{name}.bin", array("H", (made_up_ids(8 * windows + 4) % 1000).tolist()))
-    data = "--data train.bin --val-data val.bin --eval-iter 99 --eval-freq 10 --epochs 5"
+    data = "--data train.bin --val-data val.bin --eval-iter 99 --eval-freq 10 --epochs 7"
     rates = "--lr 3e-3 --warmup-steps 5 --min-lr 1e-4 --grad-clip 0.5 --grad-accum-steps 2"
     return f"{SIZES} {data} {rates} --drop-rate 0"
 
@@ -1201,7 +1201,7 @@ def test_one_process_and_two_follow_one_curve(ranked):
     out = ranks(ranked, "--batch-size 2 --fsdp --out-dir sharded")
     assert out.count("Ep 1 (Step 000000)") == 1
     one = read_losses("one")
-    assert len(steps_of("one")) == 15 and one["final"][0] < one["initial"][0] - 0.4
+    assert len(steps_of("one")) == 21 and one["final"][0] < one["initial"][0] - 0.5
     for other in ("two", "sharded"):
         for part in ("tokens_seen", "train_losses", "val_losses", "initial", "final"):
             assert read_losses(other)[part] == pytest.approx(one[part], abs=1e-5), part
@@ -1227,7 +1227,7 @@ def test_one_rank_killed_or_signalled_ends_all_and_the_run_goes_on_bit_for_bit(r
 
 @needs_posix
 def test_two_sharded_ranks_under_muon_go_on_from_weights_as_one_does(ranked, theirs):
-    run = re.sub("--context-length 8|--epochs 5|--warmup-steps 5", "", ranked)
+    run = re.sub("--context-length 8|--epochs 7|--warmup-steps 5", "", ranked)
     run += " --init-from theirs --optimizer muon --max-steps 5"
     succeed(run, "--batch-size 4 --out-dir one")
     ranks(run, "--batch-size 2 --fsdp")
