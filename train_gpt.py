@@ -9,8 +9,7 @@ text -> token ids -> windows -> batches -> logits -> loss -> gradients -> weight
 
 Down to the ruler "messages", this is the pretraining chapter (5) of Sebastian Raschka's "Build a
 Large Language Model (From Scratch)": same names and signatures and, on a CPU in float32, the same
-losses. It uses nothing from below, so it runs by itself where it is cut off there. Below comes what
-a long run needs: texts, devices, ranks, checkpoints, weights in and out, the command line.
+losses. Cut off there, it runs by itself. Below: texts, ranks, checkpoints, weights, command line.
 """
 
 import argparse
@@ -205,9 +204,9 @@ class GPTModel(nn.Module):
             raise ValueError(f"{end} tokens, but the context holds {self.pos_emb.num_embeddings}")
         positions = self.pos_emb(torch.arange(past, end, device=in_idx.device))
         x = self.drop_emb(self.tok_emb(in_idx) + positions)  # (B, T, emb)
-        for number, block in enumerate(self.trf_blocks):
-            x = block(x) if caches is None else block(x, caches[number])
-        x = x if caches is None else x[:, -1:]
+        for block, cache in zip(self.trf_blocks, caches or ()):
+            x = block(x, cache)
+        x = self.trf_blocks(x) if caches is None else x[:, -1:]
         return self.out_head(self.final_norm(x))  # (B, T, vocab)
 
 
@@ -384,10 +383,11 @@ def takes_caches(model) -> bool:
     import inspect
 
     inner = getattr(model, "module", model)  # of DistributedDataParallel, which hands all on
-    blocks = [*getattr(inner, "trf_blocks", ())]
+    blocks = getattr(inner, "trf_blocks", nn.Sequential())
+    plain = type(blocks) is nn.Sequential and not blocks._forward_hooks | blocks._forward_pre_hooks
     parts = model, inner, *blocks, *(getattr(block, "att", block) for block in blocks)
     taken = (inspect.signature(part.forward).parameters.keys() for part in parts)
-    return all({"caches", "cache", "kwargs"} & names for names in taken)
+    return plain and all({"caches", "cache", "kwargs"} & names for names in taken)
 
 
 @torch.no_grad()
@@ -494,7 +494,7 @@ class Output(io.TextIOBase):
     status, shown = str, 0  # a function that says what is being done; characters on the screen
 
     def __init__(self, stream):
-        self.stream, self.other, self.lost, self.terminal = stream, self, False, False
+        self.stream, self.lost, self.terminal = stream, False, False
         with contextlib.suppress(Exception):  # of None, of somebody's own object
             self.terminal = not stream.closed and stream.isatty()
 
@@ -513,28 +513,33 @@ class Output(io.TextIOBase):
             with contextlib.suppress(Exception), open(os.devnull, "wb") as nowhere:
                 # What stayed in the stream's buffer would fail again when Python exits.
                 os.dup2(nowhere.fileno(), self.stream.fileno())
-            name = getattr(self.stream, "name", "output")
-            self.other.write(f"train_gpt: warning: {name} is lost from here on ({error})\n")
+            name, other = getattr(self.stream, "name", "output"), sys.stderr
+            other = sys.stdout if self is other else other
+            other.write(f"train_gpt: warning: {name} is lost from here on ({error})\n")
 
-    def move(self, ended):
-        """Renew the status line each second."""
-        while not ended.is_set():
-            self.write("", Output.status()[: shutil.get_terminal_size().columns - 1] + "\r")
+
+@contextlib.contextmanager
+def guarded_output():
+    """Put an Output before stdout and stderr; on a terminal renew the status line each second."""
+    outputs, ended = [Output(sys.stdout), Output(sys.stderr)], threading.Event()
+    terminals = [output for output in outputs if output.terminal][:1]
+
+    def renew():
+        while terminals and not ended.is_set():
+            columns = shutil.get_terminal_size().columns
+            terminals[0].write("", Output.status()[: columns - 1] + "\r")
             ended.wait(1)
 
-
-def guard_output(stack) -> None:
-    """Put an Output before stdout and stderr, and let the status line move."""
-    out, err, ended = Output(sys.stdout), Output(sys.stderr), threading.Event()
-    out.other, err.other = err, out
-    stack.enter_context(contextlib.redirect_stdout(out))
-    stack.enter_context(contextlib.redirect_stderr(err))
-    for output in [output for output in (out, err) if output.terminal][:1]:
-        thread = threading.Thread(target=output.move, args=[ended], daemon=True)
+    thread = threading.Thread(target=renew, daemon=True)
+    with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
         thread.start()
-        stack.callback(output.write, "")  # the last of three that are called
-        stack.callback(thread.join)
-        stack.callback(ended.set)
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            for output in terminals:
+                output.write("")
 
 
 def show(status) -> None:
@@ -582,13 +587,14 @@ def catch_signals(stack):
 
 
 def keep_settings(stack) -> None:
-    """Put torch's settings and MPLBACKEND back in the end; let no warning end the run."""
+    """Work with torch's own settings, put the caller's back; let no warning end the run."""
     import warnings
 
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
     stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+    torch.set_default_dtype(torch.float32)
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
     stack.callback(torch.set_rng_state, torch.get_rng_state())
     if backend := os.environ.pop("MPLBACKEND", None):  # nothing here depends on a display
         stack.callback(os.environ.__setitem__, "MPLBACKEND", backend)
@@ -680,46 +686,34 @@ def save(path: Path, content) -> bool:
 
 def claim(folder: Path, args, stack) -> None:
     """Hold the run's folder, unless it is another run's. Raises UserError."""
-    import errno
-
     import filelock
 
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def leave():
         lock.release()
-        with contextlib.suppress(OSError):
-            if new and [path.name for path in folder.iterdir()] == [".lock"]:
-                shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # something is in them
+            if made and [*folder.iterdir()] == [folder / ".lock"]:
+                (folder / ".lock").unlink()
+                for path in made:
+                    path.rmdir()
 
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".lock").touch()
     try:
         lock.acquire(timeout=0)
         stack.callback(leave)
     except filelock.Timeout:
         raise UserError(f"another run is using {folder}: name another --out-dir") from None
-    except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        warn(f"{folder} can't be locked: let no other run use it")
+    except (NotImplementedError, OSError) as error:  # some file systems have no locks
+        warn(f"{folder} can't be locked ({error}): let no other run use it")
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
         ways = "go on with it by --resume, replace it by --overwrite, or name another --out-dir"
         if args.resume:
             ways = f"no checkpoint.pt: --init-from {folder / found[0]}, or replace by --overwrite"
         raise UserError(f"{folder} holds a run ({', '.join(found)}): {ways}")
-
-
-def remove_stale(folder, overwrite, step) -> None:
-    """Remove what a run replaces: all of another run's files, or model.pt of fewer steps."""
-    names = (*WEIGHTS, *FIGURES) if overwrite else ("model.pt",)
-    with contextlib.suppress(Exception):  # it is missing, or another's file
-        model = torch.load(folder / "model.pt", mmap=True, weights_only=True)
-        if model["step"] > step and not overwrite:  # a later checkpoint had found no room
-            return
-    for name in names:
-        Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
 
 
 def step_log(path: Path, last: int, stack) -> Output:
@@ -729,7 +723,6 @@ def step_log(path: Path, last: int, stack) -> Output:
     rows = [row for row in rows if row.split(b",")[0] in known and row.endswith(b"\n")]
     log = Output(stack.enter_context(path.open("a")) if rank() == 0 else io.StringIO())
     log.stream.truncate(sum(map(len, rows)))
-    log.other = sys.stderr
     if not rows:
         log.write("step,tokens,loss,learning_rate,grad_norm,seconds\n")
     return log
@@ -754,14 +747,12 @@ FORMATS = {  # how files begin that are neither texts nor token ids
 
 def check_format(path, head: bytes, wanted: str) -> None:
     """Raise UserError where a file begins like something else."""
-    is_text = wanted == "UTF-8 text"
+    is_text, controls = wanted == "UTF-8 text", len(re.findall(rb"[\0-\x08\x0e-\x1a]", head))
     magics = [magic for magic in FORMATS if is_text or len(magic) > 3]  # a token id may be one
     found = [FORMATS[magic] for magic in magics if head.startswith(magic)]
-    if is_text and 20 * len(re.findall(rb"[\0-\x08\x0e-\x1a]", head)) > len(head):
+    if is_text and 20 * controls > len(head):
         found.append("UTF-16 without a byte order mark, or binary")
-    text = head.decode(errors="ignore")
-    readable = len(text.encode()) > len(head) - 4 and not re.search(r"[\0-\x08\x0e-\x1f]", text)
-    if not is_text and readable and len(head) > 64:
+    if not is_text and controls == 0 and len(head) > 64 and max(head) < 0xF5:  # as in all of UTF-8
         found.append("a text: name it *.txt")
     if found:
         raise UserError(f"{path} is no {wanted}: it seems to be {found[0]}")
@@ -775,12 +766,13 @@ def find_files(names, taken: dict, forbidden=()):
     """
     sources, passed_over = [], 0
     for name in names:
-        path = Path("/dev/stdin" if name == "-" else name)
-        files, source = [path] if name and path.exists() else [], []
+        path, source = Path("/dev/stdin" if name == "-" else name), []
+        files = [path] if path.exists() else []
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            shown = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            files = [file for file in shown if file.suffix.lower() == ".txt"]
+            inside = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
+            texts = [file for file in sorted(inside) if file.suffix.lower() == ".txt"]
+            shown = [file for file in texts if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            files = [file for file in shown if file.is_file()]
             passed_over += len(inside) - len(files)
         if not files:
             raise UserError(f"{name!r} is no file, nor a folder with *.txt files: check --data")
@@ -896,12 +888,13 @@ class TokenFile:
         return torch.frombuffer(data, dtype=torch.uint16).long()
 
 
-def load_token_file(path, ratio):
+def load_token_file(files, ratio):
     """Return the same of a token file, raw or with llm.c's header; it has no characters.
 
     The header is 256 int32: 20240520, 1, the number of ids, zeros. Raises UserError.
     """
     sha256, largest, odd_sum = hashlib.sha256(), 0, 0
+    [path] = files
     file, size = path.open("rb", buffering=0), path.stat().st_size
     show(lambda: f"checking {path}: {file.tell() / 1e6:,.0f} of {size / 1e6:,.0f} MB")
     head = file.read(1024)
@@ -932,33 +925,29 @@ def load_token_file(path, ratio):
 def load_corpus(args):
     """Return train and val, lists of ids, one a source, and what is said of them."""
     show("reading the data")
-    taken = {}
-    sources, over = find_files(args.data, taken) if args.data else ([[default_text()]], 0)
+    names, taken = args.data or [str(default_text())], {}
+    sources, passed_over = find_files(names, taken)
     val_sources, more = find_files(args.val_data or [], {}, taken)
-    ratio, loaded = 1.0 if val_sources else args.train_ratio, []
     files = list(itertools.chain(*sources, *val_sources))
     if len({path.suffix == ".bin" for path in files}) > 1:
         raise UserError(f"{files[0]} and more mix texts and token files (*.bin): give one kind")
-    for source in sources + val_sources:
-        binary = [path for path in source if path.suffix == ".bin"]
-        loaded.append(load_token_file(binary[0], ratio) if binary else load_text(source, ratio))
+    load = load_token_file if files[0].suffix == ".bin" else load_text
+    ratio = 1.0 if val_sources else args.train_ratio
+    loaded = [load(source, ratio) for source in sources + val_sources]
     train, val, characters, tokens, hashes = zip(*loaded)
     if val_sources:
         train, val = train[: len(sources)], train[len(sources) :]
         if {*hashes[: len(sources)]} & {*hashes[len(sources) :]}:
             raise UserError("--val-data repeats what --data holds: name other validation data")
+    sha256 = repr((hashes, [*map(len, train)]))  # where it is cut, too
+    source = {"data": names, "val_data": args.val_data, "train_ratio": args.train_ratio}
+    source |= {"folder": os.getcwd(), "sha256": sha256}
     counts = f"{len(files)} file{'s' * (len(files) > 1)}"
-    if over + more:
-        counts += f", {over + more} passed over: hidden, or not *.txt"
-    corpus = argparse.Namespace(train=train, val=val)
-    corpus.sha256 = repr((hashes, [*map(len, train)]))  # where it is cut, too
-    corpus.source = {"data": args.data or [str(files[0])], "val_data": args.val_data}
-    corpus.source |= {"train_ratio": args.train_ratio, "sha256": corpus.sha256}
-    corpus.source["folder"] = os.getcwd()
-    corpus.characters, corpus.tokens = sum(characters), sum(tokens)
-    names = corpus.source["data"] + (args.val_data or [])
-    corpus.name = f"{', '.join(names)} ({counts})"
-    return corpus
+    if passed_over + more:
+        counts += f", {passed_over + more} passed over: hidden, or not *.txt"
+    name = f"{', '.join(names + (args.val_data or []))} ({counts})"
+    figures = {"characters": sum(characters), "tokens": sum(tokens)}
+    return argparse.Namespace(name=name, source=source, train=train, val=val, **figures)
 
 
 def default_text() -> Path:
@@ -988,7 +977,7 @@ def write_tokens(args) -> int:
     target, count = Path(args.write_tokens), 0
     if target.exists():
         raise UserError(f"{target} exists: name a file that doesn't")
-    files = list(itertools.chain(*find_files(args.data, {})[0])) if args.data else [default_text()]
+    files = list(itertools.chain(*find_files(args.data or [str(default_text())], {})[0]))
     with whole_file(target) as file:
         for _, ids in encode(text_pieces(files)):
             file.write(ids)
@@ -1054,7 +1043,7 @@ def make_loaders(args, config, corpus, device):
     if len(loaders[1]) == 0:
         few = f"no window of {context + 1} tokens, so its loss is nan and there is no best.pt"
         warn(f"the validation part has {few}: lower --context-length or --train-ratio")
-    if len({*from_all_ranks(corpus.sha256)}) > 1:
+    if len({*from_all_ranks(corpus.source["sha256"])}) > 1:
         raise UserError("the processes see different data: give each node the same files")
     return loaders
 
@@ -1238,8 +1227,8 @@ def checkpoint_of(run, weights) -> dict:
 
 
 def restore(run, content) -> None:
-    """Go on where a checkpoint left off. Raises UserError where data or ranks don't fit."""
-    if content["source"]["sha256"] != run.corpus.sha256:
+    """Take all that a checkpoint holds. Raises UserError where data or ranks don't fit."""
+    if content["source"]["sha256"] != run.corpus.source["sha256"]:
         raise UserError(f"{run.corpus.name} changed since the checkpoint: restore the data")
     if (ranks := len(content["random"])) != world_size():
         raise UserError(f"{ranks} processes wrote the checkpoint: start {ranks} to resume")
@@ -1381,7 +1370,8 @@ def export_hf(args) -> int:
     no_bias = torch.zeros(3 * config["emb_dim"])  # of the queries, keys, values: GPT-2 has one
     state = {f"h.{layer}.attn.c_attn.bias": no_bias.clone() for layer in range(config["n_layers"])}
     state |= dict(to_hf(name, weight) for name, weight in model.state_dict().items())
-    state = {f"transformer.{name}": weight.contiguous() for name, weight in state.items()}
+    form = torch.contiguous_format  # cloned, since some may share memory
+    state = {f"transformer.{n}": weight.clone(memory_format=form) for n, weight in state.items()}
     state["lm_head.weight"] = state.pop("transformer.lm_head.weight")
     theirs = dict(zip(HF_SIZES, map(config.get, GPT_CONFIG_124M))) | HF_FIXED | ends
     theirs |= dict.fromkeys(HF_DROPS, config["drop_rate"]) | {"tie_word_embeddings": False}
@@ -1413,12 +1403,16 @@ MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
     "tiny": {"emb_dim": 128, "n_layers": 5, "n_heads": 4, "context_length": 64},
 }
 FIXED = "data", "model", "training"  # groups of flags that a resumed run takes from its checkpoint
-MODES = {  # what to do instead of training, and the flags, or groups of them, that have a meaning
-    "sample": ("sampling", "--device", "--dtype", "--seed"),
-    "eval_only": ("data", "--device", "--dtype", "--batch-size"),
-    "export_hf": (),
+MODES = {  # what there is to do, and the flags, or groups of them, that have a meaning then
+    "train": (*FIXED, "folder", "run", "device"),
+    "sample": ("sampling", "--device", "--dtype", "--seed", "--checkpoint"),
+    "eval_only": ("data", "--device", "--dtype", "--batch-size", "--checkpoint"),
+    "export_hf": ("--checkpoint",),
     "write_tokens": ("--data",),
 }
+EXCLUSIVE = (
+    "overwrite resume, out_dir checkpoint, train_ratio val_data, model init_from, init init_from"
+)
 
 
 def number(kind, low, high):
@@ -1452,6 +1446,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar = {str: "TEXT", path: "PATH"}.get(kind, "N")
         takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
         more |= {"action": "store_true"} if kind is bool else takes
+        more |= {"action": "extend"} if "nargs" in more else {}
         more |= {"default": default, "help": text + f" (default: {default})" * bool(default)}
         parser._action_groups[-1].add_argument(flag, **more)
 
@@ -1494,7 +1489,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument_group("device")
     add("--device", str, "auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
     add("--compile", bool, False, "compile the model")
-    add("--deterministic", bool, False, "the same bits from the same run on CUDA, too; slower")
     add("--recompute", bool, False, "compute activations again, keep none: less memory")
     add("--fsdp", bool, False, "under torchrun: shard weights, gradients, optimizer")
     parser.add_argument_group("instead of training")
@@ -1536,9 +1530,8 @@ def parse_arguments(argv, stack):
         else:
             words.append(word)
     args = parser.parse_args(words)
-    given = [
-        flags[word].dest for word in (word.partition("=")[0] for word in words) if word in flags
-    ]
+    named = [word.partition("=")[0] for word in words]
+    given = [flags[word].dest for word in named if word in flags]
     check_meaning(args, given, group_of)
     path = Path(args.out_dir, "checkpoint.pt")
     if rank() == 0 and not {*MODES} & {*given}:
@@ -1548,40 +1541,37 @@ def parse_arguments(argv, stack):
         if not isinstance(content.get("settings"), dict):
             raise UserError(f"{path} holds weights alone: --resume needs a run's checkpoint.pt")
     for name, saved in content.get("settings", {}).items():
+        if name not in given:
+            parser.set_defaults(**{name: saved})
+            continue
         saved = content["config"].get(name) if saved is None else saved
-        fixed = name in given and group_of[name] in FIXED and not name.endswith("data")
+        fixed = group_of[name] in FIXED and not name.endswith("data")
         if fixed and (here := getattr(args, name)) != saved:
             what = f"{flag_of(name)} is {saved} in the checkpoint but {here} here"
             raise UserError(f"{what}: leave it out to resume, or start anew with another --out-dir")
     if len({*from_all_ranks(str(content.get("progress")))}) > 1:
         raise UserError("the processes see different checkpoints: share one --out-dir")
-    parser.set_defaults(**content.get("settings", {}))
     args, kept = parser.parse_args(words), (*FIXED, "run", "device")
-    return args, {k: v for k, v in vars(args).items() if group_of[k] in kept}, content
+    return args, {k: v for k, v in vars(args).items() if group_of.get(k) in kept}, content
 
 
 def check_meaning(args, given, group_of) -> None:
     """Raise UserError for flags that mean nothing together."""
-    modes = [mode for mode in MODES if mode in given]
-    training = *FIXED, "folder", "run", "device"
-    meant = {"--out-dir", *((*MODES[modes[0]], "instead of training") if modes else training)}
+    for names in (MODES, *map(str.split, EXCLUSIVE.split(", "))):
+        if len(both := [flag_of(name) for name in names if name in given]) > 1:
+            raise UserError(f"{' and '.join(both)} don't go together: give one")
+    mode = next((mode for mode in MODES if mode in given), "train")
+    meant = {"--out-dir", flag_of(mode), *MODES[mode]}
     idle = [flag_of(name) for name in given if not {flag_of(name), group_of[name]} & meant]
-    what = f"with {flag_of(modes[0])}" if modes else "in training"
+    no_data, parts = args.eval_only and not args.data, {"val_data", "train_ratio"} & {*given}
     alone = not dist.is_initialized()
     wrong = {
-        f"{' and '.join(map(flag_of, modes))} don't go together: give one": len(modes) > 1,
-        f"{' and '.join(idle)} means nothing {what}: leave it out": idle,
-        "--val-data and --train-ratio mean nothing without --data": args.eval_only
-        and not args.data
-        and {"val_data", "train_ratio"} & {*given},
+        f"{' and '.join(idle)} means nothing in {flag_of(mode)[2:]}: leave it out": idle,
+        "--val-data or --train-ratio means nothing without --data": no_data and parts,
         "--temperature is out of range: 0, or from 0.001 on": 0 < args.temperature < 1e-3,
         "--top-k means nothing at --temperature 0": args.top_k and not args.temperature,
-        "--train-ratio means nothing with --val-data": {"train_ratio", "val_data"} <= {*given},
-        "--overwrite and --resume don't go together: give one": args.overwrite and args.resume,
         "--start-context is empty: give it at least one character": not args.start_context,
         "--fsdp needs several processes: start with torchrun": args.fsdp and alone,
-        "--model and --init mean nothing with --init-from": args.init_from
-        and {"model", "init"} & {*given},
         "--min-lr is above --lr, but the cosine falls": (args.min_lr or 0) > args.lr,
     }
     for message in itertools.compress(wrong, wrong.values()):
@@ -1647,7 +1637,7 @@ def evaluate(args, device) -> int:
         for key in ("data", "val_data"):
             setattr(args, key, [os.path.join(own["folder"], name) for name in own[key] or []])
     corpus = load_corpus(args)
-    if own and own["sha256"] != corpus.sha256:
+    if own and own["sha256"] != corpus.source["sha256"]:
         raise UserError(f"{corpus.name} is not what the run was trained on: name it with --data")
     _, val_loader, all_loader = make_loaders(args, content["config"], corpus, device)
     print(f"Text: {corpus.name}")
@@ -1710,6 +1700,21 @@ def make_model(args, config, weights, device, loader):
     return model, make_optimizers(model, args)
 
 
+def print_setup(run, dtype):
+    """Print what is trained, on what, with what."""
+    args, plan, corpus = run.args, run.plan, run.corpus
+    ranks = f", {world_size()} processes" * (world_size() > 1) + " (FSDP)" * args.fsdp
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    train, val, _ = map(len, run.loaders)
+    shape = args.batch_size, run.config["context_length"]
+    chosen = f"{plan.steps} steps, every {plan.eval_freq} an evaluation of {plan.eval_iter} batches"
+    print(f"Device: {run.device}, {dtype}{ranks}; model: {parameters:,} parameters")
+    print(f"Text: {corpus.name}")
+    print(f"Characters: {corpus.characters}\n" * bool(corpus.characters), end="")
+    print(f"Tokens: {corpus.tokens}")
+    print(f"Batches of {shape}: {train} for training, {val} for validation; {chosen}")
+
+
 def measure(run, train_loader, *titles):
     """Print and return the losses of both parts, leaving the random states as they were."""
     show(lambda: "measuring the loss: {} batch {} of {}".format(*WindowBatches.latest))
@@ -1726,22 +1731,6 @@ def measure(run, train_loader, *titles):
     return losses
 
 
-def print_setup(run, dtype):
-    """Print what is trained, on what, with what."""
-    args, plan, corpus = run.args, run.plan, run.corpus
-    ranks = f", {world_size()} processes" * (world_size() > 1) + " (FSDP)" * args.fsdp
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    print(f"Device: {run.device}, {dtype}{ranks}; model: {parameters:,} parameters")
-    print(f"Text: {corpus.name}")
-    if corpus.characters:
-        print(f"Characters: {corpus.characters}")
-    train, val, _ = map(len, run.loaders)
-    shape = args.batch_size, run.config["context_length"]
-    chosen = f"{plan.steps} steps, every {plan.eval_freq} an evaluation of {plan.eval_iter} batches"
-    print(f"Tokens: {corpus.tokens}")
-    print(f"Batches of {shape}: {train} for training, {val} for validation; {chosen}")
-
-
 def save_losses(run, folder) -> None:
     """Save losses.json. JSON knows no nan, the loss of no validation data."""
     names = "steps", "epochs", "tokens_seen", "train_losses", "val_losses"
@@ -1751,18 +1740,17 @@ def save_losses(run, folder) -> None:
     save(folder / "losses.json", {"config": run.config, "settings": run.settings, **figures})
 
 
-def save_best(run, folder, loss, weights=None) -> None:
+def keep_best(run, folder, loss) -> None:
     """Save weights of a new lowest validation loss; if that was done lately, hold them for now."""
     if not loss < run.losses.get("best", [math.inf])[0]:  # nan isn't, either
         return
     run.losses["best"], start = [loss], time.monotonic()
-    weights = weights or weights_of(run)
-    run.best = weights | {"val_loss": loss}
+    run.best = weights_of(run) | {"val_loss": loss}
     if from_all_ranks(start > run.next_best)[0]:
         save_held(run, folder)
         run.next_best = 6 * time.monotonic() - 5 * start  # after five times what it took
     if run.best:  # training goes on and changes the weights
-        run.best["model"] = {name: weight.clone() for name, weight in weights["model"].items()}
+        run.best["model"] = {name: weight.clone() for name, weight in run.best["model"].items()}
 
 
 def save_held(run, folder) -> bool:
@@ -1772,28 +1760,40 @@ def save_held(run, folder) -> bool:
     return done
 
 
-def status_of(run) -> str:
-    """Say how far training is, for the status line."""
-    progress, steps = run.progress, run.plan.steps
-    left_s = progress.train_s / max(1, progress.step + 1) * (steps - progress.step - 1)
-    where = f"step {progress.step + 1:06d} of {steps - 1:06d}, {left_s / 60:.1f} min left"
-    return "{}: {} batch {} of {}".format(where, *WindowBatches.latest)
+def resume(run, checkpoint, folder) -> None:
+    """Go on where a checkpoint left off. Raises UserError."""
+    try:
+        restore(run, checkpoint)
+    except DAMAGE as error:
+        lacks = f"{folder / 'checkpoint.pt'} lacks what resuming needs"
+        raise UserError(f"{lacks} ({error}): start anew with --overwrite") from None
+    checkpoint.clear()  # 12 bytes a parameter
+    progress = run.progress
+    print(f"Resuming after step {progress.step:06d}")
+    if progress.step + 1 >= run.plan.steps:
+        warn("all steps are done: to train on, raise --max-steps or --epochs")
+    if not from_all_ranks((folder / "best.pt").exists())[0]:  # it is made again
+        run.losses.pop("best", None)
+    if progress.history and progress.history[-1][0] == progress.step:  # a kill may have come
+        keep_best(run, folder, progress.history[-1][4])  # before best.pt
 
 
 def train_steps(run, folder, stop, log) -> int:
     """Train, and do what a long run needs between steps; return the signal that ended it, or 0."""
     args, plan, progress, asked = run.args, run.plan, run.progress, 0
     tokenizer, rate_of = get_tokenizer(), functools.partial(learning_rate, args, plan.steps)
-    show(lambda: status_of(run))
     book = run.model, *run.loaders[:2], run.optimizers, run.device, plan.epochs, plan.eval_freq
     options = {"grad_accum_steps": args.grad_accum_steps, "grad_clip": args.grad_clip}
     options |= {"autocast": run.autocast, "scaler": run.scaler, "learning_rate": rate_of}
     steps = train(*book, plan.eval_iter, "", tokenizer, progress=progress, **options)
     next_save, every = time.monotonic() + 120, args.checkpoint_every
-    if not from_all_ranks((folder / "best.pt").exists())[0]:  # it is made again
-        run.losses.pop("best", None)
-    if progress.history and progress.history[-1][0] == progress.step:  # a kill may have come
-        save_best(run, folder, progress.history[-1][4])  # before best.pt
+
+    def status():
+        left_s = progress.train_s / max(1, progress.step + 1) * (plan.steps - progress.step - 1)
+        where = f"step {progress.step + 1:06d} of {plan.steps - 1:06d}, {left_s / 60:.1f} min left"
+        return "{}: {} batch {} of {}".format(where, *WindowBatches.latest)
+
+    show(status)
     while progress.step + 1 < plan.steps and not asked:
         loss = next(steps)
         done = progress.step + 1
@@ -1817,46 +1817,32 @@ def train_steps(run, folder, stop, log) -> int:
             next_save = time.monotonic() + max(120, 50 * (time.monotonic() - start))
         if progress.step % plan.eval_freq == 0:  # only now, so that no best.pt lies there alone
             save_losses(run, folder)
-            save_best(run, folder, progress.history[-1][4])
+            keep_best(run, folder, progress.history[-1][4])
     return asked
 
 
 def finish(run, folder) -> list:
-    """Save each file by itself, weights first; measure, draw; return the names of missing files."""
+    """Save each file by itself, weights first, and draw; return the names of missing files."""
     import tempfile
 
     show(f"saving to {folder}")
-    finished, weights = run.progress.step + 1 >= run.plan.steps, weights_of(run)
-    missing = []
-    if finished:
-        missing += ["model.pt"] * (not save(folder / "model.pt", weights))
-        titles = "Final training loss", "Final validation loss"
-        try:
-            run.losses["final"] = measure(run, run.loaders[2], *titles)
-            save_best(run, folder, run.losses["final"][1], weights)
-        except DataLost as error:
-            if world_size() > 1:
-                raise
-            warn(f"there are no final losses: {error}")
-    missing += ["best.pt"] * (not save_held(run, folder))
+    done = {"model.pt": save(folder / "model.pt", weights_of(run))}
+    done["best.pt"] = save_held(run, folder)
     weights = weights_of(run)  # again, since FSDP2's optimizer is found by it
-    if not save(folder / "checkpoint.pt", checkpoint_of(run, weights)):
-        missing.append("checkpoint.pt")
-        if not finished and not save(folder / "model.pt", weights):
-            missing.append("model.pt")
+    done["checkpoint.pt"] = save(folder / "checkpoint.pt", checkpoint_of(run, weights))
     save_losses(run, folder)
-    if run.draws and run.progress.history:
-        show("drawing")
-        _, *columns = zip(*run.progress.history)
-        try:
+    try:
+        if run.draws and run.progress.history:
+            show("drawing")
+            _, *columns = zip(*run.progress.history)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
                 paths = [Path(work, name) for name in FIGURES[2:]]
                 plot_losses(*columns, paths=paths, show=False)
                 for path in paths:
                     os.replace(path, folder / path.name)
-        except Exception as error:  # whatever matplotlib makes of its settings or of a full disk
-            warn(f"the plot can't be drawn ({error})")
-    return missing
+    except Exception as error:  # whatever matplotlib makes of its settings or of a full disk
+        warn(f"the plot can't be drawn ({error})")
+    return [name for name in done if not done[name]]
 
 
 def can_draw() -> bool:
@@ -1872,7 +1858,6 @@ def can_draw() -> bool:
 def tell(run, argv, folder) -> None:
     """Print what was trained, the files, and the commands that go on from here."""
     import shlex
-    import subprocess
 
     progress, plan, args = run.progress, run.plan, run.args
     speed = progress.tokens_seen / max(1e-9, progress.train_s)
@@ -1883,34 +1868,31 @@ def tell(run, argv, folder) -> None:
         print(f"Training loss: {train_then:.3f} -> {train:.3f}")
         print(f"Validation loss: {val_then:.3f} -> {val:.3f}")
         lowest = run.losses.get("best", [math.inf])[0]
-        if train < train_then and val > 1.01 * lowest and (folder / "best.pt").exists():
-            print(
-                f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better: "
-                "best.pt has the weights of the lowest validation loss"
+        if train < train_then and val > 1.01 * lowest:
+            worse = (
+                f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better"
             )
+            print(f"{worse}: best.pt has the weights of the lowest validation loss")
     files = [folder / name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
     sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
     print(f"Files in {folder}: {', '.join(sizes)}")
     script = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
     if script + argv != sys.orig_argv or Path(script[-1]).stem != Path(__file__).stem:
-        script = ["python", "train_gpt.py"]
-    quoted = shlex.join if os.name == "posix" else subprocess.list2cmdline
+        script = ["python", "train_gpt.py"]  # called by a notebook, say
     here = script + ["--out-dir", str(folder)] * (folder != Path("out"))
-    again = [word for word in script + argv if word not in ("--resume", "--overwrite")]
-    if files and files[0].name in WEIGHTS:
-        print("To sample from it:", quoted(here + ["--sample", args.start_context]))
-        print("To export it:", quoted(here + ["--export-hf", "exported"]))
+    print("To sample from it:", shlex.join([*here, "--sample", args.start_context]))
+    print("To export it:", shlex.join([*here, "--export-hf", "exported"]))
     stopped, more = progress.step + 1 < plan.steps, ["--resume"]
     if not stopped and args.max_steps:
         more += ["--max-steps", str(2 * progress.step + 2)]
     if not stopped and (args.epochs or not args.max_steps):
         more += ["--epochs", str(2 * max(plan.epochs, progress.epoch))]
-    alone = world_size() == 1
-    way = quoted(again + more) if alone else f"the same torchrun command with {quoted(more)}"
-    if stopped:
-        print(f"Stopped after step {progress.step:06d}; to go on: {way}")
-    elif folder / "checkpoint.pt" in files:
-        print(f"To train on: {way}")
+    again = [word for word in script + argv if word not in ("--resume", "--overwrite")]
+    way = shlex.join(again + more)
+    if world_size() > 1:
+        way = f"the same torchrun command with {shlex.join(more)}"
+    stop = f"Stopped after step {progress.step:06d}; to go on" if stopped else "To train on"
+    print(f"{stop}: {way}")
 
 
 def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
@@ -1929,26 +1911,22 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
     run.progress, run.losses, run.random, run.best, run.next_best = Progress(), {}, {}, {}, 0.0
     print_setup(run, dtype)
     if checkpoint:
-        try:
-            restore(run, checkpoint)
-        except DAMAGE as error:
-            lacks = f"{folder / 'checkpoint.pt'} lacks what resuming needs"
-            raise UserError(f"{lacks} ({error}): start anew with --overwrite") from None
-        checkpoint.clear()  # 12 bytes a parameter
-        print(f"Resuming after step {run.progress.step:06d}")
-        if run.progress.step + 1 >= run.plan.steps:
-            warn("all steps are done: to train on, raise --max-steps or --epochs")
+        resume(run, checkpoint, folder)
     else:
         # In the book's order where no window is left over, for the book's figures.
         whole = loaders[0] if len(loaders[0]) == len(loaders[2]) else loaders[2]
         run.losses["initial"] = measure(run, whole, "Training loss", "Validation loss")
         note_random(run)
-    if rank() == 0 and run.progress.step + 1 < run.plan.steps:
-        remove_stale(folder, args.overwrite, run.progress.step)
+    for name in (*WEIGHTS, *FIGURES) if args.overwrite and rank() == 0 else ():
+        Path(os.path.realpath(folder / name)).unlink(missing_ok=True)  # a link stays one
     stop.at_once, lost = False, None
     try:
         log = step_log(folder / "steps.csv", run.progress.step, stack)
         stop.signal = train_steps(run, folder, stop, log) or stop.signal
+        if run.progress.step + 1 >= run.plan.steps:
+            final = measure(run, loaders[2], "Final training loss", "Final validation loss")
+            run.losses["final"] = final
+            keep_best(run, folder, final[1])
     except DataLost as error:
         if world_size() > 1:  # the others don't know of it, so they can't save together
             raise
@@ -1956,10 +1934,10 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
     if run.progress.step < 0:
         raise lost or Stopped
     missing = finish(run, folder)
-    if rank() == 0:
-        tell(run, argv, folder)
     if missing:
         raise UserError(shortfall(folder, missing))
+    if rank() == 0:
+        tell(run, argv, folder)
     if lost:
         raise UserError(f"{lost}: the run is saved; put the data back, then --resume")
     return 128 + stop.signal if stop.signal else 0
@@ -1982,7 +1960,7 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     with contextlib.ExitStack() as stack:
         show("starting")
-        guard_output(stack)
+        stack.enter_context(guarded_output())
         keep_settings(stack)
         stop = argparse.Namespace(signal=0)
         try:
@@ -1997,9 +1975,6 @@ def main(argv=None) -> int:
             if device.type == "cpu":
                 limit_memory(stack)
                 keep_freed_memory()
-            if args.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by CUDA's start
-                torch.use_deterministic_algorithms(True)
             if args.sample is not None:
                 return sample(args, device)
             run = args, kept, argv, checkpoint, device, stack, stop
@@ -2014,7 +1989,8 @@ def main(argv=None) -> int:
         except UserError as error:
             message = str(error)
         except OSError as error:
-            message = f"{error}: check that path, its permissions and the free space"
+            what = "that path, its permissions and the free space" if error.errno else "the network"
+            message = f"{error}: check {what}"
         except ImportError as error:
             message = f"{error}: pip install -r requirements.txt"
         except (MemoryError, RuntimeError) as error:
