@@ -491,59 +491,53 @@ class UserError(Exception):
 class Output(io.TextIOBase):
     """Stands before a stream: printing never fails; on a terminal a status line stays below."""
 
-    status, shown = str, 0  # a function that says what is being done; characters on the screen
+    status, shown = str, 0  # returns what is being done; its length on the screen
 
     def __init__(self, stream):
         self.stream, self.lost, self.terminal = stream, False, False
-        with contextlib.suppress(Exception):  # of None, of somebody's own object
-            self.terminal = not stream.closed and stream.isatty()
+        with contextlib.suppress(AttributeError, ValueError):  # of None, of a closed one
+            self.terminal = stream.isatty()
 
     def write(self, text, status=""):
         if self.lost:
             return
-        if self.terminal:  # no escape sequences: TERM may be dumb
-            text = f"\r{' ' * Output.shown}\r" * bool(Output.shown or status) + text
+        if self.terminal and (Output.shown or status):  # no escape sequences: TERM may be dumb
+            text = f"\r{' ' * Output.shown}\r{text}{status}"
             Output.shown = len(status)
         try:
             encoding = getattr(self.stream, "encoding", None) or "utf-8"
-            self.stream.write((text + status).encode(encoding, "replace").decode(encoding))
-            getattr(self.stream, "flush", bool)()  # a notebook's, or somebody's own, may have none
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            self.stream.flush()
         except Exception as error:  # whatever a stream raises, printing decides nothing
             self.lost = True
-            with contextlib.suppress(Exception), open(os.devnull, "wb") as nowhere:
-                # What stayed in the stream's buffer would fail again when Python exits.
-                os.dup2(nowhere.fileno(), self.stream.fileno())
-            name, other = getattr(self.stream, "name", "output"), sys.stderr
-            other = sys.stdout if self is other else other
+            with open(os.devnull, "wb") as nowhere, contextlib.suppress(AttributeError, ValueError):
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # else Python's exit fails, too
+            name = getattr(self.stream, "name", "output")
+            other = sys.stdout if self is sys.stderr else sys.stderr
             other.write(f"train_gpt: warning: {name} is lost from here on ({error})\n")
 
 
-@contextlib.contextmanager
-def guarded_output():
-    """Put an Output before stdout and stderr; on a terminal renew the status line each second."""
-    outputs, ended = [Output(sys.stdout), Output(sys.stderr)], threading.Event()
-    terminals = [output for output in outputs if output.terminal][:1]
+def guard_output(stack) -> None:
+    """Put an Output before stdout and stderr; on a terminal renew the status line."""
+    out, err, ended = Output(sys.stdout), Output(sys.stderr), threading.Event()
+    screen = out if out.terminal else err
 
     def renew():
-        while terminals and not ended.is_set():
-            columns = shutil.get_terminal_size().columns
-            terminals[0].write("", Output.status()[: columns - 1] + "\r")
-            ended.wait(1)
+        while screen.terminal and not ended.wait(0.5):
+            width = shutil.get_terminal_size().columns - 1
+            screen.write("", Output.status()[:width] + "\r")
 
-    thread = threading.Thread(target=renew, daemon=True)
-    with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            for output in terminals:
-                output.write("")
+    thread = threading.Thread(target=renew)
+    stack.enter_context(contextlib.redirect_stdout(out))
+    stack.enter_context(contextlib.redirect_stderr(err))
+    stack.callback(screen.write, "")  # without the status line
+    stack.callback(thread.join)
+    stack.callback(ended.set)
+    thread.start()
 
 
 def show(status) -> None:
-    """Say in the status line what is being done, and for how long."""
+    """Say in the status line what is being done (a text or a function), and for how long."""
     start = time.monotonic()
     text = status if callable(status) else lambda: status
     Output.status = lambda: f"{text()} [{time.monotonic() - start:.0f} s]"
@@ -556,31 +550,25 @@ def warn(message: str) -> None:
 
 
 # --------------------------------------------------------------------------------- the surroundings
-class Stopped(BaseException):
-    """A signal asks to end at once."""
-
-
 def catch_signals(stack):
-    """Note in the Namespace returned what asks to end; if at_once is set, raise Stopped."""
+    """Return a Namespace that notes what asks to end; at_once: by a KeyboardInterrupt."""
     stop = argparse.Namespace(signal=0, at_once=True, since=0.0)
+    ends = "INT TERM HUP QUIT USR1 USR2 XCPU ALRM VTALRM PROF PWR IO STKFLT RTMIN RTMAX BREAK"
 
     def ask(number, frame):
-        number = signal.Signals(number)
-        # Within a second it is the same wish: uv, IDEs, process managers send it twice or send two.
-        # The kernel sends XCPU each second.
-        if stop.signal and (time.monotonic() - stop.since < 1 or number.name == "SIGXCPU"):
+        # Process managers send the same wish twice at once; the kernel sends XCPU each second.
+        same = time.monotonic() - stop.since < 1 or number == getattr(signal, "SIGXCPU", None)
+        if stop.signal and same:
             return
-        at_once, stop.since = stop.at_once or stop.signal, time.monotonic()
-        stop.signal = stop.signal or number
-        if at_once:
-            raise Stopped
-        with contextlib.suppress(RuntimeError):  # it came amid another print
-            print("stopping after this step; again to stop at once", file=sys.stderr)
+        stop.signal, stop.since = stop.signal or number, time.monotonic()
+        if stop.at_once:
+            raise KeyboardInterrupt
+        stop.at_once = True
+        print("stopping after this step; again to stop at once", file=sys.stderr)
 
-    ends = "SIG(INT|TERM|HUP|QUIT|USR[12]|XCPU|ALRM|VTALRM|PROF|PWR|IO|POLL|STKFLT|RTM.*|BREAK)"
     for number in signal.Signals:
-        asks = re.fullmatch(ends, number.name)
-        if asks and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+        default = signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+        if default and number.name[3:] in ends.split():
             with contextlib.suppress(ValueError):  # only the main thread can set handlers
                 stack.callback(signal.signal, number, signal.signal(number, ask))
     return stop
@@ -591,13 +579,12 @@ def keep_settings(stack) -> None:
     import warnings
 
     stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    stack.callback(torch.set_rng_state, torch.get_rng_state())
     stack.callback(torch.set_default_dtype, torch.get_default_dtype())
     torch.set_default_dtype(torch.float32)
-    stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.enable_grad())
-    stack.callback(torch.set_rng_state, torch.get_rng_state())
-    if backend := os.environ.pop("MPLBACKEND", None):  # nothing here depends on a display
-        stack.callback(os.environ.__setitem__, "MPLBACKEND", backend)
+    stack.callback(os.environ.update, os.environ.copy())
+    os.environ.pop("MPLBACKEND", None)  # nothing here depends on a display
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")
 
@@ -611,24 +598,22 @@ def limit_memory(stack) -> None:
         kilobytes = re.findall(r"(?:MemAvailable|SwapFree|VmData):\s+(\d+)", figures)
         room = [1024 * sum(map(int, kilobytes))]
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, place = line.split(":", 2)  # cgroup 1 says memory, cgroup 2 nothing
-            lowest = Path("/sys/fs/cgroup", kinds, place.strip("/"))
-            name = "memory.limit_in_bytes" if kinds else "memory.max"
-            for folder in (lowest, *lowest.parents):
+            kind, place = line.split(":", 2)[1:]  # cgroup 1 says memory, cgroup 2 nothing
+            name = "memory.limit_in_bytes" if kind else "memory.max"
+            for folder in Path(f"/sys/fs/cgroup/{kind}{place}", name).parents:
                 with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
                     room.append(int((folder / name).read_text()))
-        before = resource.getrlimit(resource.RLIMIT_DATA)
-        room += [before[0]] * (before[0] >= 0)  # -1 is no limit
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         limit = int(0.99 * min(room))  # the kernel kills before the last page is taken
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
-        stack.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep big blocks for the next step, instead of mapping them anew: 8 % of a step."""
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems
+    with contextlib.suppress(AttributeError, TypeError):  # other systems
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
@@ -640,46 +625,37 @@ WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # a folder with one of them ho
 FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
 
-class FileOnDisk(io.FileIO):
-    """Frees the system's copy at once: a fresh virtual machine takes 3 times as long without."""
-
-    def write(self, data):
-        written = super().write(data)
-        if hasattr(os, "posix_fadvise"):  # Linux
-            os.fdatasync(self.fileno())
-            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return written
-
-
 @contextlib.contextmanager
 def whole_file(path: Path):
     """Open a file that takes its name only once whole and on disk; a link stays a link."""
-    path = Path(os.path.realpath(path))
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with io.BufferedWriter(FileOnDisk(temporary, "wb"), 1 << 22) as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, content) -> bool:
     """Save content on rank 0, as JSON or as torch does; where that fails, warn and return False."""
+    if rank() > 0:
+        return True
     try:
-        if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-            with whole_file(path) as file:
-                if path.suffix == ".json":
-                    file.write(json.dumps(content, indent=1).encode())
-                else:
-                    torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch.save's RuntimeError comes of another error
-        if isinstance(error.__context__, Stopped):
-            raise error.__context__ from None
-        warn(f"{path} can't be saved, an old one is kept ({error.__context__ or error})")
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+        with whole_file(path) as file:
+            if path.suffix == ".json":
+                file.write(json.dumps(content, indent=1).encode())
+            else:
+                torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # torch.save's RuntimeError hides it
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        warn(f"{path} can't be saved, an old one is kept ({cause})")
         return False
     return True
 
@@ -688,40 +664,36 @@ def claim(folder: Path, args, stack) -> None:
     """Hold the run's folder, unless it is another run's. Raises UserError."""
     import filelock
 
-    lock = filelock.FileLock(folder / ".lock")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    file = folder / ".lock"
+    made = [path for path in (file, folder, *folder.parents) if not path.exists()]
 
-    def leave():
-        lock.release()
-        with contextlib.suppress(OSError):  # something is in them
-            if made and [*folder.iterdir()] == [folder / ".lock"]:
-                (folder / ".lock").unlink()
-                for path in made:
-                    path.rmdir()
+    def tidy():
+        with contextlib.suppress(OSError):  # a folder that holds more stays
+            for path in made:
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
+    stack.callback(tidy)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".lock").touch()
+    file.touch()
     try:
-        lock.acquire(timeout=0)
-        stack.callback(leave)
+        stack.enter_context(filelock.FileLock(file, timeout=0))
     except filelock.Timeout:
         raise UserError(f"another run is using {folder}: name another --out-dir") from None
     except (NotImplementedError, OSError) as error:  # some file systems have no locks
         warn(f"{folder} can't be locked ({error}): let no other run use it")
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
-        ways = "go on with it by --resume, replace it by --overwrite, or name another --out-dir"
-        if args.resume:
-            ways = f"no checkpoint.pt: --init-from {folder / found[0]}, or replace by --overwrite"
-        raise UserError(f"{folder} holds a run ({', '.join(found)}): {ways}")
+        ways = "--resume goes on from checkpoint.pt, --overwrite replaces all"
+        raise UserError(f"{folder} holds a run's {', '.join(found)}: {ways}")
 
 
 def step_log(path: Path, last: int, stack) -> Output:
     """Return steps.csv to append to, cut after the row of step `last`."""
-    rows = path.read_bytes().splitlines(True) if last >= 0 and path.exists() else []
+    if rank() > 0:
+        return Output(io.StringIO())
+    log = Output(stack.enter_context(path.open("a")))
     known = {b"step", *(b"%d" % step for step in range(last + 1))}
-    rows = [row for row in rows if row.split(b",")[0] in known and row.endswith(b"\n")]
-    log = Output(stack.enter_context(path.open("a")) if rank() == 0 else io.StringIO())
+    rows = [row for row in path.read_bytes().splitlines(True) if row.split(b",")[0] in known]
     log.stream.truncate(sum(map(len, rows)))
     if not rows:
         log.write("step,tokens,loss,learning_rate,grad_norm,seconds\n")
@@ -1932,7 +1904,7 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
             raise
         lost = error
     if run.progress.step < 0:
-        raise lost or Stopped
+        raise lost or KeyboardInterrupt
     missing = finish(run, folder)
     if missing:
         raise UserError(shortfall(folder, missing))
@@ -1946,13 +1918,9 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
 def shortfall(folder, missing) -> str:
     """Say which files are missing, which are whole, and what goes on from these."""
     whole = [name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
-    ways = "start anew"
-    if "checkpoint.pt" in whole:
-        ways = "then --resume goes on from the last checkpoint"
-    elif whole and whole[0] in WEIGHTS:
-        ways = f"then --init-from {folder / whole[0]} goes on from its weights"
-    kept = f"whole: {', '.join(whole) or 'none'}"
-    return f"{', '.join(missing)} can't be saved in {folder}; {kept}: make room, {ways}"
+    way = "--resume" if "checkpoint.pt" in whole else "start anew, or --init-from whole weights"
+    lost = f"{', '.join(missing)} can't be saved in {folder}"
+    return f"{lost}; whole: {', '.join(whole) or 'none'}: make room, then {way}"
 
 
 def main(argv=None) -> int:
@@ -1960,7 +1928,7 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     with contextlib.ExitStack() as stack:
         show("starting")
-        stack.enter_context(guarded_output())
+        guard_output(stack)
         keep_settings(stack)
         stop = argparse.Namespace(signal=0)
         try:
@@ -1983,34 +1951,33 @@ def main(argv=None) -> int:
                 dist.barrier()
                 os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
             return status
-        except (Stopped, KeyboardInterrupt):
+        except KeyboardInterrupt:
             print("train_gpt: ended at once; what was saved before is whole", file=sys.stderr)
             return 128 + (stop.signal or signal.SIGINT)
-        except UserError as error:
-            message = str(error)
-        except OSError as error:
-            what = "that path, its permissions and the free space" if error.errno else "the network"
-            message = f"{error}: check {what}"
-        except ImportError as error:
-            message = f"{error}: pip install -r requirements.txt"
-        except (MemoryError, RuntimeError) as error:
-            message = known_failure(error)
-        if rank():
+        except Exception as error:
+            message = explain(error)
+        if rank() > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(15)  # torchrun ends this process now if rank 0, too, failed and said so
         print("train_gpt:", *message.split(), file=sys.stderr)
         sys.exit(2)
 
 
-def known_failure(error) -> str:
-    """Say what to do for lack of memory, a compiler, or other processes; else raise the error."""
-    short = re.search("out of memory|t allocate memory|not enough memory|bad_alloc", str(error))
+def explain(error) -> str:
+    """Say what the user can do about an error; raise it again if that is nothing."""
+    text, origin = str(error), type(error).__module__
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError):
+        return f"{text}: check the path, its permissions, the free space and the network"
+    if isinstance(error, ImportError):
+        return f"{text}: pip install -r requirements.txt"
+    short = re.search("out of memory|t allocate memory|not enough memory|bad_alloc", text)
     if short or isinstance(error, MemoryError):
-        remedy = "a lower --batch-size, a shorter --context-length, --recompute or a smaller model"
-        return f"out of memory: start anew with {remedy}"
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile doesn't work here ({error}): leave it out"
-    if world_size() > 1 and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket", str(error)):
+        return "out of memory: lower --batch-size or --context-length, or try --recompute"
+    if origin.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile doesn't work here ({text}): leave it out"
+    if world_size() > 1 and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket", text):
         return "another process ended: see its message, then go on by --resume"
     raise error
 
