@@ -494,9 +494,8 @@ class Output(io.TextIOBase):
     status, shown = str, 0  # returns what is being done; its length on the screen
 
     def __init__(self, stream):
-        self.stream, self.lost, self.terminal = stream, False, False
-        with contextlib.suppress(AttributeError, ValueError):  # of None, of a closed one
-            self.terminal = stream.isatty()
+        self.stream, self.lost = stream, False
+        self.terminal = not getattr(stream, "closed", True) and stream.isatty()
 
     def write(self, text, status=""):
         if self.lost:
@@ -507,7 +506,7 @@ class Output(io.TextIOBase):
         try:
             encoding = getattr(self.stream, "encoding", None) or "utf-8"
             self.stream.write(text.encode(encoding, "replace").decode(encoding))
-            self.stream.flush()
+            getattr(self.stream, "flush", bool)()  # somebody's own stream may have none
         except Exception as error:  # whatever a stream raises, printing decides nothing
             self.lost = True
             with open(os.devnull, "wb") as nowhere, contextlib.suppress(AttributeError, ValueError):
@@ -527,7 +526,7 @@ def guard_output(stack) -> None:
             width = shutil.get_terminal_size().columns - 1
             screen.write("", Output.status()[:width] + "\r")
 
-    thread = threading.Thread(target=renew)
+    thread = threading.Thread(target=renew, daemon=True)
     stack.enter_context(contextlib.redirect_stdout(out))
     stack.enter_context(contextlib.redirect_stderr(err))
     stack.callback(screen.write, "")  # without the status line
@@ -556,9 +555,9 @@ def catch_signals(stack):
     ends = "INT TERM HUP QUIT USR1 USR2 XCPU ALRM VTALRM PROF PWR IO STKFLT RTMIN RTMAX BREAK"
 
     def ask(number, frame):
-        # Process managers send the same wish twice at once; the kernel sends XCPU each second.
-        same = time.monotonic() - stop.since < 1 or number == getattr(signal, "SIGXCPU", None)
-        if stop.signal and same:
+        # Process managers send a wish twice at once, the kernel sends XCPU each second.
+        soon = time.monotonic() < stop.since + 1
+        if stop.signal and (soon or signal.Signals(number).name == "SIGXCPU"):
             return
         stop.signal, stop.since = stop.signal or number, time.monotonic()
         if stop.at_once:
@@ -566,9 +565,9 @@ def catch_signals(stack):
         stop.at_once = True
         print("stopping after this step; again to stop at once", file=sys.stderr)
 
+    defaults = signal.SIG_DFL, signal.default_int_handler
     for number in signal.Signals:
-        default = signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-        if default and number.name[3:] in ends.split():
+        if number.name[3:] in ends.split() and signal.getsignal(number) in defaults:
             with contextlib.suppress(ValueError):  # only the main thread can set handlers
                 stack.callback(signal.signal, number, signal.signal(number, ask))
     return stop
@@ -578,9 +577,8 @@ def keep_settings(stack) -> None:
     """Work with torch's own settings, put the caller's back; let no warning end the run."""
     import warnings
 
-    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    stack.callback(torch.set_rng_state, torch.get_rng_state())
-    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+    for name in ("float32_matmul_precision", "rng_state", "default_dtype"):
+        stack.callback(getattr(torch, f"set_{name}"), getattr(torch, f"get_{name}")())
     torch.set_default_dtype(torch.float32)
     stack.enter_context(torch.enable_grad())
     stack.callback(os.environ.update, os.environ.copy())
@@ -603,10 +601,9 @@ def limit_memory(stack) -> None:
             for folder in Path(f"/sys/fs/cgroup/{kind}{place}", name).parents:
                 with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
                     room.append(int((folder / name).read_text()))
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = int(0.99 * min(room))  # the kernel kills before the last page is taken
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-        stack.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        stack.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(0.99 * min(room)), before[1]))
 
 
 def keep_freed_memory() -> None:
@@ -647,10 +644,10 @@ def save(path: Path, content) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         with whole_file(path) as file:
-            if path.suffix == ".json":
-                file.write(json.dumps(content, indent=1).encode())
-            else:
+            if path.suffix == ".pt":
                 torch.save(content, file)
+            else:
+                file.write(json.dumps(content, indent=1).encode())
     except (OSError, RuntimeError) as error:
         cause = error.__context__ or error  # torch.save's RuntimeError hides it
         if isinstance(cause, KeyboardInterrupt):
@@ -683,8 +680,7 @@ def claim(folder: Path, args, stack) -> None:
         warn(f"{folder} can't be locked ({error}): let no other run use it")
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
-        ways = "--resume goes on from checkpoint.pt, --overwrite replaces all"
-        raise UserError(f"{folder} holds a run's {', '.join(found)}: {ways}")
+        raise UserError(f"{folder} holds a run: --overwrite it, or --resume from checkpoint.pt")
 
 
 def step_log(path: Path, last: int, stack) -> Output:
@@ -693,7 +689,8 @@ def step_log(path: Path, last: int, stack) -> Output:
         return Output(io.StringIO())
     log = Output(stack.enter_context(path.open("a")))
     known = {b"step", *(b"%d" % step for step in range(last + 1))}
-    rows = [row for row in path.read_bytes().splitlines(True) if row.split(b",")[0] in known]
+    rows = path.read_bytes().splitlines(True)
+    rows = [row for row in rows if row.endswith(b"\n") and row.split(b",")[0] in known]
     log.stream.truncate(sum(map(len, rows)))
     if not rows:
         log.write("step,tokens,loss,learning_rate,grad_norm,seconds\n")
@@ -1923,6 +1920,16 @@ def shortfall(folder, missing) -> str:
     return f"{lost}; whole: {', '.join(whole) or 'none'}: make room, then {way}"
 
 
+SHORT = "MemoryError|out of memory|allocate memory|enough memory|bad_alloc"
+REMEDIES = {  # by what the classes or the text of an error say
+    "OSError": "check the path, its permissions, the free space and the network",
+    "ImportError": "pip install -r requirements.txt",
+    SHORT: "too little memory: lower --batch-size or --context-length, or try --recompute",
+    r"torch\._(dynamo|inductor)": "--compile doesn't work here: leave it out",
+    "gloo|NCCL|[Cc]onnection|[Ss]ocket": "another process ended: see its message, then --resume",
+}
+
+
 def main(argv=None) -> int:
     """Do what the command line says; one line and status 2 for what the user can mend."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -1954,32 +1961,19 @@ def main(argv=None) -> int:
         except KeyboardInterrupt:
             print("train_gpt: ended at once; what was saved before is whole", file=sys.stderr)
             return 128 + (stop.signal or signal.SIGINT)
-        except Exception as error:
-            message = explain(error)
+        except UserError as error:
+            message = str(error)
+        except (ImportError, MemoryError, OSError, RuntimeError) as error:
+            said = f"{type(error).__mro__} {error}"
+            fitting = [remedy for words, remedy in REMEDIES.items() if re.search(words, said)]
+            if not fitting:
+                raise
+            message = f"{fitting[0]} ({error})"
         if rank() > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(15)  # torchrun ends this process now if rank 0, too, failed and said so
         print("train_gpt:", *message.split(), file=sys.stderr)
         sys.exit(2)
-
-
-def explain(error) -> str:
-    """Say what the user can do about an error; raise it again if that is nothing."""
-    text, origin = str(error), type(error).__module__
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, OSError):
-        return f"{text}: check the path, its permissions, the free space and the network"
-    if isinstance(error, ImportError):
-        return f"{text}: pip install -r requirements.txt"
-    short = re.search("out of memory|t allocate memory|not enough memory|bad_alloc", text)
-    if short or isinstance(error, MemoryError):
-        return "out of memory: lower --batch-size or --context-length, or try --recompute"
-    if origin.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile doesn't work here ({text}): leave it out"
-    if world_size() > 1 and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket", text):
-        return "another process ended: see its message, then go on by --resume"
-    raise error
 
 
 if __name__ == "__main__":
