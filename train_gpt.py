@@ -680,7 +680,7 @@ def claim(folder: Path, args, stack) -> None:
         warn(f"{folder} can't be locked ({error}): let no other run use it")
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
-        raise UserError(f"{folder} holds a run: --overwrite it, or --resume from checkpoint.pt")
+        raise UserError(f"{folder} holds a run: --overwrite it or, with a checkpoint.pt, --resume")
 
 
 def step_log(path: Path, last: int, stack) -> Output:
