@@ -1088,7 +1088,7 @@ def choose_device(name: str) -> torch.device:
         probe = torch.zeros(1, device=name)
         probe.item()  # of "meta" there is none
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name} can't be used here ({error})") from None
+        raise UserError(f"--device {name} can't be used here ({str(error)[:80]})") from None
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)
     return probe.device
@@ -1196,7 +1196,8 @@ def note_random(run) -> None:
 def weights_of(run) -> dict:
     """Return what model.pt holds, whole on rank 0. Raises UserError for broken weights."""
     dcp, whole = state_dicts()
-    weights, step = dcp.get_model_state_dict(run.model, options=whole), run.progress.step
+    weights = dcp.get_model_state_dict(run.model, options=whole)
+    step = run.progress.step
     finite = all(weight.sum().isfinite() for weight in weights.values())
     if not all(from_all_ranks(finite)):
         raise UserError(f"weights at step {step} are not finite: {CALMER}")
@@ -1250,11 +1251,10 @@ def load_model(path: Path):
     try:
         if path.is_dir():
             content = load_hf(path)
+        elif zipfile.ZipFile(path).testzip():  # torch's format, but torch checks no checksums
+            raise ValueError("a checksum is wrong")
         else:
-            with zipfile.ZipFile(path) as archive:  # torch's format, but it checks no checksums
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, "cpu", weights_only=True)
         if (size := content["config"]["vocab_size"]) < 50257:
             raise ValueError(f"vocab_size is {size}, GPT-2's is 50257")
         with torch.device("meta"):
@@ -1267,10 +1267,10 @@ def load_model(path: Path):
     except FileNotFoundError as error:
         raise UserError(f"there is no model ({error}): check --checkpoint or --out-dir") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it holds what could run code, or no tensors") from None
+        raise UserError(f"{path} is refused: it holds code, or no tensors") from None
     except Exception as error:  # whatever another file than ours may raise
-        said = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is no whole model that can be used ({said})") from None
+        kind = type(error).__name__
+        raise UserError(f"{path} can't be used as a model ({kind}: {error})") from None
 
 
 # ----------------------------------------------------------------------------- Hugging Face's form
@@ -1317,8 +1317,8 @@ def load_hf(folder: Path) -> dict:
         elif (index := folder / f"{name}.index.json").exists():
             shards = {*json.loads(index.read_text())["weight_map"].values()}
     for path in map(folder.joinpath, shards):
-        is_bin = path.suffix == ".bin"
-        part = torch.load(path, "cpu", weights_only=True) if is_bin else load_file(path)
+        plain = path.suffix == ".bin"
+        part = torch.load(path, "cpu", weights_only=True) if plain else load_file(path)
         state |= {name.removeprefix("transformer."): weight for name, weight in part.items()}
     if theirs.get("tie_word_embeddings", True):
         state.setdefault("lm_head.weight", state["wte.weight"])
@@ -1340,7 +1340,7 @@ def export_hf(args) -> int:
 
     target = Path(args.export_hf).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and isn't empty: name another folder for --export-hf")
+        raise UserError(f"{target} is no empty folder: name another one")
     content, model = named_model(args)
     config, state = content["config"], {}
     for ours, weight in model.state_dict().items():
