@@ -1268,6 +1268,8 @@ def load_model(path: Path):
         raise UserError(f"there is no model ({error}): check --checkpoint or --out-dir") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it holds code, or no tensors") from None
+    except MemoryError:
+        raise
     except Exception as error:  # whatever another file than ours may raise
         kind = type(error).__name__
         raise UserError(f"{path} can't be used as a model ({kind}: {error})") from None
@@ -1282,7 +1284,7 @@ HF_NAMES = {  # this file's names and theirs
 }  # fmt: skip
 HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer", "resid_pdrop"
 HF_DROPS = "embd_pdrop", "attn_pdrop"
-# What all models here have, and what a missing field stands for.
+# What all models here have, and a missing field stands for.
 HF_FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 HF_FIXED |= {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
