@@ -1403,15 +1403,14 @@ MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
     "tiny": {"emb_dim": 128, "n_layers": 5, "n_heads": 4, "context_length": 64},
 }
 MODES = {  # what to do, and the flags and groups of flags that then have a meaning
-    "sample": "checkpoint out_dir device dtype seed max_new_tokens temperature top_k",
-    "eval_only": "checkpoint out_dir device dtype batch_size data",
-    "export_hf": "checkpoint out_dir",
-    "write_tokens": "data",
-    "training": "Data Folder Run Model Training",
+    "--sample": "checkpoint out_dir device dtype seed max_new_tokens temperature top_k",
+    "--eval-only": "checkpoint out_dir device dtype batch_size data",
+    "--export-hf": "checkpoint out_dir",
+    "--write-tokens": "data",
+    "training": "Run Folder Model Training",
 }
-KEPT = "Data", "Run", "Model", "Training"  # groups of flags that a checkpoint holds
-IDLE = [("overwrite", "resume"), ("out_dir", "checkpoint"), ("train_ratio", "val_data")]
-IDLE += [("model", "init_from"), ("init", "init_from")]  # the first means nothing beside the other
+IDLE = ["--overwrite --resume", "--out-dir --checkpoint", "--train-ratio --val-data"]
+IDLE += ["--model --init-from", "--init --init-from"]  # the first means nothing beside the other
 
 
 def numbers(kind, low, high) -> dict:
@@ -1437,41 +1436,40 @@ def build_parser() -> argparse.ArgumentParser:
         text += f" (default: {default})" * bool(default)
         group.add_argument(flag, help=text, default=default, **kind)
 
-    group = parser.add_argument_group("Data")
-    add("--data", "texts, folders of *.txt, token files (*.bin), pipes, -", **paths)
-    add("--val-data", "separate data to validate on", **paths)
-    group = parser.add_argument_group("Folder")
-    add("--out-dir", "folder for all that is written", "out", **path)
-    add("--resume", "go on with the run in --out-dir, or begin one", False, **switch)
-    add("--overwrite", "replace the run in --out-dir", False, **switch)
     group = parser.add_argument_group("Run")
-    add("--epochs", "passes over the data (default: 10, or as --max-steps needs)", **size)
-    add("--max-steps", "optimizer steps after which to end", **size)
-    add("--eval-freq", "steps between evaluations (default: 5, or for about 20)", **size)
-    add("--eval-iter", "batches of each part to evaluate (default: 5, or by time)", **size)
+    add("--data", "texts, folders of *.txt, pipes, - or *.bin of token ids", **paths)
+    add("--val-data", "separate data to validate on", **paths)
+    add("--epochs", "passes over the data (default: 10, or what --max-steps needs)", **size)
+    add("--max-steps", "optimizer steps to end after", **size)
+    add("--eval-freq", "steps between evaluations (default: 5, or for some 20)", **size)
+    add("--eval-iter", "batches to evaluate (default: 5, or by time)", **size)
     add("--start-context", "what printed samples continue", "Every effort moves you")
     add("--checkpoint-every", "steps between checkpoints (default: 2 minutes)", **size)
-    add("--device", "cpu, cuda, cuda:N, mps or auto, the best of them", "auto")
+    add("--device", "cpu, cuda, cuda:N, mps or auto", "auto")
     add("--compile", "compile the model", False, **switch)
     add("--recompute", "compute activations twice: less memory", False, **switch)
     add("--fsdp", "under torchrun: shard weights and optimizer", False, **switch)
+    group = parser.add_argument_group("Folder")
+    add("--out-dir", "folder for all that is written", "out", **path)
+    add("--resume", "go on with the run in --out-dir, if any", False, **switch)
+    add("--overwrite", "replace the run in --out-dir", False, **switch)
     group = parser.add_argument_group("Model")
     add("--model", "sizes", "gpt2-small", choices=MODELS)
     for name, value in [*GPT_CONFIG_124M.items()][1:]:
         kind = {int: size, float: numbers(float, 0, 1 - 1e-9), bool: switch}[type(value)]
-        add("--" + name.replace("_", "-"), f"in place of the model's (gpt2-small: {value})", **kind)
+        add("--" + name.replace("_", "-"), f"the model's (gpt2-small: {value})", **kind)
     add("--init", "how weights are drawn", "book", choices=("book", "gpt2"))
-    add("--init-from", "weights of a .pt file or Hugging Face GPT-2 folder", **path)
+    add("--init-from", "weights to train on: a .pt file or GPT-2 folder", **path)
     group = parser.add_argument_group("Training")
     add("--train-ratio", "share of the data to train on", 0.9, **numbers(float, 1e-9, 1))
     add("--batch-size", "windows per batch and device", 2, **size)
     add("--grad-accum-steps", "batches per optimizer step", 1, **size)
     add("--lr", "learning rate", 4e-4, **positive)
-    add("--warmup-steps", "steps over which the rate rises to --lr", 0, **count)
-    add("--min-lr", "where half a cosine ends (default: no cosine)", **rate)
+    add("--warmup-steps", "steps of a rate that rises to --lr", 0, **count)
+    add("--min-lr", "rate where half a cosine ends", **rate)
     add("--optimizer", "muon: for the blocks' matrices", "adamw", choices=("adamw", "muon"))
     add("--weight-decay", "decoupled weight decay", 0.1, **rate)
-    add("--grad-clip", "largest norm of the gradient (default: no limit)", **positive)
+    add("--grad-clip", "largest norm of the gradient", **positive)
     add("--dtype", "of products", "auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--seed", "of weights, order, dropout and samples", 123, **count)
     group = parser.add_argument_group("Instead of training")
@@ -1479,10 +1477,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-only", "print losses over all of the data", False, **switch)
     add("--export-hf", "write the model as a Hugging Face folder", **path)
     add("--write-tokens", "write the token ids of --data to a file", **path)
-    add("--checkpoint", "the model: a .pt file or Hugging Face GPT-2 folder", **path)
+    add("--checkpoint", "the model: a .pt file or GPT-2 folder", **path)
     add("--max-new-tokens", "tokens to sample", 50, **size)
     add("--temperature", "0 takes the likeliest token, 1 samples", 0.0, **rate)
-    add("--top-k", "sample from the k likeliest (default: from all)", **size)
+    add("--top-k", "sample from the k likeliest tokens", **size)
     return parser
 
 
@@ -1508,13 +1506,13 @@ def parse_arguments(argv, stack):
         else:
             words.append(word)
     if any(re.fullmatch("(--[a-z-]+=)?", word) for word in words):
-        raise UserError("the value of a flag is empty")
+        raise UserError("a flag's value is empty")
     args = parser.parse_args(words)
     names = [word.partition("=")[0] for word in words]
     given = {flags[name].dest: name for name in names if name in flags}
     check_meaning(args, given, group_of)
     path = Path(args.out_dir, "checkpoint.pt")
-    if rank() == 0 and not {*MODES} & {*given}:
+    if rank() == 0 and not {*MODES} & {*given.values()}:
         claim(path.parent, args, stack)  # before it is read: its run may be ending now
     if args.resume and path.exists():
         content = load_model(path)[0]
@@ -1523,24 +1521,23 @@ def parse_arguments(argv, stack):
     if len({*from_all_ranks(str(content.get("progress")))}) > 1:
         raise UserError("the processes see different checkpoints: share one --out-dir")
     for name, value in (content.get("settings", {}) | content.get("config", {})).items():
-        here = getattr(args, name, None)
         if name not in given:
             setattr(args, name, value)
-        elif group_of[name] in ("Model", "Training") and here != value:
-            raise UserError(f"{given[name]} {here} was {value} in {path}: leave it out")
-    kept = {k: v for k, v in vars(args).items() if group_of.get(k) in KEPT}
+        elif group_of[name] in ("Model", "Training") and vars(args)[name] != value:
+            raise UserError(f"{given[name]} was {value} in {path}, not {vars(args)[name]}")
+    kept = {k: v for k, v in vars(args).items() if group_of.get(k) in ("Run", "Model", "Training")}
     return args, kept, content
 
 
 def check_meaning(args, given, group_of) -> None:
     """Raise UserError for flags that mean nothing together."""
-    mode = next((name for name in MODES if name in given), "training")
+    typed = {*given.values()}
+    mode = next((flag for flag in MODES if flag in typed), "training")
     meant = {mode, *MODES[mode].split()}
-    pairs = [(name, mode) for name in given if not {name, group_of[name]} & meant]
-    pairs += [pair for pair in IDLE if {*pair} <= {*given}]
-    for name, other in pairs:
-        beside = f"{given[name]} means nothing beside {given.get(other, other)}"
-        raise UserError(f"{beside}: they don't go together")
+    pairs = [(flag, mode) for k, flag in given.items() if not {flag, k, group_of[k]} & meant]
+    pairs += [pair for pair in map(str.split, IDLE) if {*pair} <= typed]
+    for flag, other in pairs:
+        raise UserError(f"{flag} means nothing beside {other}: they don't go together")
     if 0 < args.temperature < 1e-3:
         raise UserError("--temperature is out of range: 0, or from 0.001 on")
     if args.top_k and not args.temperature:
@@ -1560,8 +1557,7 @@ def first_model(args):
     for name, size in sizes.items() if theirs else ():
         free = name == "drop_rate" or (name == "context_length" and size < config[name])
         if size != config[name] and not free:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {size} is {config[name]} in {args.init_from}: leave it out")
+            raise UserError(f"--{name} is {config[name]} in --init-from".replace("_", "-"))
     config = config | sizes
     if config["emb_dim"] % config["n_heads"]:
         raise UserError("--emb-dim must be divisible by --n-heads")
@@ -1599,10 +1595,10 @@ def evaluate(args, device) -> int:
     content, model = named_model(args)
     own = None if args.data else content.get("source")
     if not args.data and not own:
-        raise UserError("nothing says what the model was trained on: name a text with --data")
+        raise UserError("the model names no text of its own: name one with --data")
     corpus = load_corpus(argparse.Namespace(**own) if own else args)
     if own and own["sha256"] != corpus.source["sha256"]:
-        raise UserError(f"{corpus.name} is not what the run was trained on: name it with --data")
+        raise UserError(f"{corpus.name} changed since training: name a text with --data")
     _, val_loader, all_loader = make_loaders(args, content["config"], corpus, device)
     print(f"Text: {corpus.name}")
     show(lambda: "evaluating: {} batch {} of {}".format(*WindowBatches.latest))
