@@ -1520,11 +1520,12 @@ def parse_arguments(argv, stack):
             raise UserError(f"{path} holds weights alone: it can't be resumed")
     if len({*from_all_ranks(str(content.get("progress")))}) > 1:
         raise UserError("the processes see different checkpoints: share one --out-dir")
-    for name, value in (content.get("settings", {}) | content.get("config", {})).items():
+    saved = content.get("settings", {})
+    for name, value in (saved | content.get("config", {})).items():  # it has the model's sizes
         if name not in given:
-            setattr(args, name, value)
+            setattr(args, name, saved.get(name))
         elif group_of[name] in ("Model", "Training") and vars(args)[name] != value:
-            raise UserError(f"{given[name]} was {value} in {path}, not {vars(args)[name]}")
+            raise UserError(f"{given[name]} was {value} in {path}, not {vars(args)[name]}: omit it")
     kept = {k: v for k, v in vars(args).items() if group_of.get(k) in ("Run", "Model", "Training")}
     return args, kept, content
 
