@@ -1348,110 +1348,86 @@ MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
     "gpt2-xl": {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
     "tiny": {"emb_dim": 128, "n_layers": 5, "n_heads": 4, "context_length": 64},
 }
-FIXED = "data", "model", "training"  # groups of flags that a resumed run takes from its checkpoint
-MODES = {  # what there is to do, and the flags, or groups of them, that have a meaning then
-    "train": (*FIXED, "folder", "run", "device"),
-    "sample": ("sampling", "--device", "--dtype", "--seed", "--checkpoint"),
-    "eval_only": ("data", "--device", "--dtype", "--batch-size", "--checkpoint"),
-    "export_hf": ("--checkpoint",),
-    "write_tokens": ("--data",),
+MODES = {  # what to do, and the flags and groups of flags that then have a meaning
+    "--sample": "checkpoint out_dir device dtype seed max_new_tokens temperature top_k",
+    "--eval-only": "checkpoint out_dir device dtype batch_size data",
+    "--export-hf": "checkpoint out_dir",
+    "--write-tokens": "data",
+    "training": "Run Folder Model Training",
 }
-EXCLUSIVE = (
-    "overwrite resume, out_dir checkpoint, train_ratio val_data, model init_from, init init_from"
-)
+IDLE = ["--overwrite --resume", "--out-dir --checkpoint", "--train-ratio --val-data"]
+IDLE += ["--model --init-from", "--init --init-from"]  # the first means nothing beside the other
 
 
-def number(kind, low, high):
-    """Return what argparse needs for a flag's value: an int or float from low to high."""
+def numbers(kind, low, high) -> dict:
+    """Return what argparse needs for an int or float from low to high."""
 
-    def convert(text):
+    def number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"out of range: {text}, not {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is out of the range {low:g} to {high:g}")
         return kind(text)
 
-    convert.__name__ = kind.__name__  # argparse says "invalid int value"
-    return convert
-
-
-def some_path(text):
-    if not text:
-        raise argparse.ArgumentTypeError("empty: name a file or folder")
-    return os.path.expanduser(text)
+    return {"type": number, "metavar": "N"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Name each flag, its type, default and meaning; those that one meets first come first."""
-    shape = functools.partial(argparse.HelpFormatter, max_help_position=30, width=110)
-    parser = argparse.ArgumentParser(formatter_class=shape, allow_abbrev=False)
-    parser.usage = "python train_gpt.py [--data my.txt] [--model tiny] [--resume] ..."
-    size, count = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1)
-    rate, share = number(float, 0, 1e30), number(float, 0, 1 - 1e-9)
-    positive, path = number(float, 1e-30, 1e30), some_path
+    """Name each flag, its meaning, default and type; those that one meets first come first."""
+    parser = argparse.ArgumentParser(usage="python train_gpt.py [flags]", allow_abbrev=False)
+    size, count = numbers(int, 1, 2**31 - 1), numbers(int, 0, 2**63 - 1)
+    rate, positive = numbers(float, 0, 1e30), numbers(float, 1e-30, 1e30)
+    path = {"type": os.path.expanduser, "metavar": "PATH"}
+    paths, switch = path | {"nargs": "+", "action": "extend"}, {"action": "store_true"}
 
-    def add(flag, kind, default, text, **more):
-        metavar = {str: "TEXT", path: "PATH"}.get(kind, "N")
-        takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
-        more |= {"action": "store_true"} if kind is bool else takes
-        more |= {"action": "extend"} if "nargs" in more else {}
-        more |= {"default": default, "help": text + f" (default: {default})" * bool(default)}
-        parser._action_groups[-1].add_argument(flag, **more)
+    def add(flag, text, default=None, **kind):
+        text += f" (default: {default})" * bool(default)
+        group.add_argument(flag, help=text, default=default, **kind)
 
-    parser.add_argument_group("data")
-    add("--data", path, None, "texts, folders of *.txt, pipes, - or token files, *.bin", nargs="+")
-    add("--val-data", path, None, "separate data to validate on", nargs="+")
-    add("--train-ratio", number(float, 1e-9, 1), 0.9, "share of the data to train on")
-    parser.add_argument_group("folder")
-    add("--out-dir", path, "out", "folder for all that is written")
-    add("--resume", bool, False, "go on with the run in --out-dir, or begin one")
-    add("--overwrite", bool, False, "replace the run in --out-dir")
-    parser.add_argument_group("run")
-    add("--epochs", size, None, "passes over the data (default: 10, or as --max-steps needs)")
-    add("--max-steps", size, None, "optimizer steps after which to end")
-    add("--eval-freq", size, None, "steps between evaluations (default: 5, or for about 20)")
-    add("--eval-iter", size, None, "batches of each part to evaluate (default: 5, or by time)")
-    add("--start-context", str, "Every effort moves you", "what the printed samples continue")
-    add("--checkpoint-every", size, None, "steps between checkpoints (default: every two minutes)")
-    parser.add_argument_group("model")
-    add("--model", tuple(MODELS), "gpt2-small", "sizes")
-    add("--context-length", size, None, "tokens a window holds (default: 256; tiny: 64)")
-    add("--emb-dim", size, None, "width (default: the model's, as of the following)")
-    add("--n-heads", size, None, "attention heads")
-    add("--n-layers", size, None, "transformer blocks")
-    add("--drop-rate", share, None, "dropout (default: 0.1)")
-    add("--qkv-bias", bool, None, "bias in the query, key and value projection")
-    add("--init", ("book", "gpt2"), "book", "how weights are drawn")
-    add("--init-from", path, None, "take weights of a .pt file or Hugging Face GPT-2 folder")
-    parser.add_argument_group("training")
-    add("--batch-size", size, 2, "windows per batch and device")
-    add("--grad-accum-steps", size, 1, "batches per optimizer step")
-    add("--lr", positive, 4e-4, "learning rate")
-    add("--warmup-steps", count, 0, "steps over which the learning rate rises to --lr")
-    add("--min-lr", rate, None, "where half a cosine ends (default: the rate stays)")
-    add("--optimizer", ("adamw", "muon"), "adamw", "muon is for the matrices of the blocks")
-    add("--weight-decay", rate, 0.1, "decoupled weight decay")
-    add("--grad-clip", positive, None, "largest norm of the gradient (default: no limit)")
-    add("--dtype", ("auto", "float32", "bfloat16", "float16"), "auto", "of products")
-    add("--seed", count, 123, "of weights, order, dropout and samples")
-    parser.add_argument_group("device")
-    add("--device", str, "auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps")
-    add("--compile", bool, False, "compile the model")
-    add("--recompute", bool, False, "compute activations again, keep none: less memory")
-    add("--fsdp", bool, False, "under torchrun: shard weights, gradients, optimizer")
-    parser.add_argument_group("instead of training")
-    add("--sample", str, None, "continue this text")
-    add("--eval-only", bool, False, "print losses and perplexities over all of the data")
-    add("--export-hf", path, None, "write the model as a Hugging Face folder of this name")
-    add("--write-tokens", path, None, "write the token ids of --data to a file of this name")
-    add("--checkpoint", path, None, "the model: a .pt file or Hugging Face GPT-2 folder")
-    parser.add_argument_group("sampling")
-    add("--max-new-tokens", size, 50, "tokens to sample")
-    add("--temperature", rate, 0.0, "0 takes the likeliest token, 1 samples")
-    add("--top-k", size, None, "sample from the k likeliest tokens (default: from all)")
+    group = parser.add_argument_group("Run")
+    add("--data", "texts, folders of *.txt, pipes, - or *.bin of token ids", **paths)
+    add("--val-data", "separate data to validate on", **paths)
+    add("--epochs", "passes over the data (default: 10, or what --max-steps needs)", **size)
+    add("--max-steps", "optimizer steps to end after", **size)
+    add("--eval-freq", "steps between evaluations (default: 5, or for some 20)", **size)
+    add("--eval-iter", "batches to evaluate (default: 5, or by time)", **size)
+    add("--start-context", "what printed samples continue", "Every effort moves you")
+    add("--checkpoint-every", "steps between checkpoints (default: 2 minutes)", **size)
+    add("--device", "cpu, cuda, cuda:N, mps or auto", "auto")
+    add("--compile", "compile the model", False, **switch)
+    add("--recompute", "compute activations twice: less memory", False, **switch)
+    add("--fsdp", "under torchrun: shard weights and optimizer", False, **switch)
+    group = parser.add_argument_group("Folder")
+    add("--out-dir", "folder for all that is written", "out", **path)
+    add("--resume", "go on with the run in --out-dir, if any", False, **switch)
+    add("--overwrite", "replace the run in --out-dir", False, **switch)
+    group = parser.add_argument_group("Model")
+    add("--model", "sizes", "gpt2-small", choices=MODELS)
+    for name, value in [*GPT_CONFIG_124M.items()][1:]:
+        kind = {int: size, float: numbers(float, 0, 1 - 1e-9), bool: switch}[type(value)]
+        add("--" + name.replace("_", "-"), f"the model's (gpt2-small: {value})", **kind)
+    add("--init", "how weights are drawn", "book", choices=("book", "gpt2"))
+    add("--init-from", "weights to train on: a .pt file or GPT-2 folder", **path)
+    group = parser.add_argument_group("Training")
+    add("--train-ratio", "share of the data to train on", 0.9, **numbers(float, 1e-9, 1))
+    add("--batch-size", "windows per batch and device", 2, **size)
+    add("--grad-accum-steps", "batches per optimizer step", 1, **size)
+    add("--lr", "learning rate", 4e-4, **positive)
+    add("--warmup-steps", "steps of a rate that rises to --lr", 0, **count)
+    add("--min-lr", "rate where half a cosine ends", **rate)
+    add("--optimizer", "muon: for the blocks' matrices", "adamw", choices=("adamw", "muon"))
+    add("--weight-decay", "decoupled weight decay", 0.1, **rate)
+    add("--grad-clip", "largest norm of the gradient", **positive)
+    add("--dtype", "of products", "auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--seed", "of weights, order, dropout and samples", 123, **count)
+    group = parser.add_argument_group("Instead of training")
+    add("--sample", "continue this text")
+    add("--eval-only", "print losses over all of the data", False, **switch)
+    add("--export-hf", "write the model as a Hugging Face folder", **path)
+    add("--write-tokens", "write the token ids of --data to a file", **path)
+    add("--checkpoint", "the model: a .pt file or GPT-2 folder", **path)
+    add("--max-new-tokens", "tokens to sample", 50, **size)
+    add("--temperature", "0 takes the likeliest token, 1 samples", 0.0, **rate)
+    add("--top-k", "sample from the k likeliest tokens", **size)
     return parser
-
-
-def flag_of(name) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def parse_arguments(argv, stack):
@@ -1463,85 +1439,75 @@ def parse_arguments(argv, stack):
     group_of = {action.dest: action.container.title for action in flags.values()}
 
     def error(message):
-        known = re.findall(r"[\w-]+", message.partition("choose from")[2]) or [*flags]
-        wrong = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^' =]+)", message)
-        near = difflib.get_close_matches(wrong[1], known, 1, 0.5) if wrong else []
+        typed = re.search("(?:choice: '|arguments: )([^' =]+)", message)
+        known = re.findall(r"[\w-]+", message.partition("choose")[2]) or flags
+        near = difflib.get_close_matches(typed[1], known, 1) if typed else []
         raise UserError(message + "".join(f"; did you mean {name}?" for name in near))
 
     parser.error = error
     for word in argv:
-        takes_one = words and words[-1] in flags and flags[words[-1]].nargs is None
-        if takes_one and word[:1] == "-" and word.partition("=")[0] not in flags:
+        flag = flags.get(words[-1]) if words else None
+        if flag and flag.nargs is None and word.partition("=")[0] not in flags:
             words[-1] += f"={word}"  # a value may begin with a dash
         else:
             words.append(word)
+    if any(re.fullmatch("(--[a-z-]+=)?", word) for word in words):
+        raise UserError("a flag's value is empty")
     args = parser.parse_args(words)
-    named = [word.partition("=")[0] for word in words]
-    given = [flags[word].dest for word in named if word in flags]
+    names = [word.partition("=")[0] for word in words]
+    given = {flags[name].dest: name for name in names if name in flags}
     check_meaning(args, given, group_of)
     path = Path(args.out_dir, "checkpoint.pt")
-    if rank() == 0 and not {*MODES} & {*given}:
-        claim(path.parent, args, stack)  # before its checkpoint is read: its run may be ending now
+    if rank() == 0 and not {*MODES} & {*given.values()}:
+        claim(path.parent, args, stack)  # before it is read: its run may be ending now
     if args.resume and path.exists():
-        content, _ = load_model(path)
+        content = load_model(path)[0]
         if not isinstance(content.get("settings"), dict):
-            raise UserError(f"{path} holds weights alone: --resume needs a run's checkpoint.pt")
-    for name, saved in content.get("settings", {}).items():
-        if name not in given:
-            parser.set_defaults(**{name: saved})
-            continue
-        saved = content["config"].get(name) if saved is None else saved
-        fixed = group_of[name] in FIXED and not name.endswith("data")
-        if fixed and (here := getattr(args, name)) != saved:
-            what = f"{flag_of(name)} is {saved} in the checkpoint but {here} here"
-            raise UserError(f"{what}: leave it out to resume, or start anew with another --out-dir")
+            raise UserError(f"{path} holds weights alone: it can't be resumed")
     if len({*from_all_ranks(str(content.get("progress")))}) > 1:
         raise UserError("the processes see different checkpoints: share one --out-dir")
-    args, kept = parser.parse_args(words), (*FIXED, "run", "device")
-    return args, {k: v for k, v in vars(args).items() if group_of.get(k) in kept}, content
+    saved = content.get("settings", {})
+    for name, value in (saved | content.get("config", {})).items():  # it has the model's sizes
+        if name not in given:
+            setattr(args, name, saved.get(name))
+        elif group_of[name] in ("Model", "Training") and vars(args)[name] != value:
+            raise UserError(f"{given[name]} was {value} in {path}, not {vars(args)[name]}: omit it")
+    kept = {k: v for k, v in vars(args).items() if group_of.get(k) in ("Run", "Model", "Training")}
+    return args, kept, content
 
 
 def check_meaning(args, given, group_of) -> None:
     """Raise UserError for flags that mean nothing together."""
-    for names in (MODES, *map(str.split, EXCLUSIVE.split(", "))):
-        if len(both := [flag_of(name) for name in names if name in given]) > 1:
-            raise UserError(f"{' and '.join(both)} don't go together: give one")
-    mode = next((mode for mode in MODES if mode in given), "train")
-    meant = {"--out-dir", flag_of(mode), *MODES[mode]}
-    idle = [flag_of(name) for name in given if not {flag_of(name), group_of[name]} & meant]
-    no_data, parts = args.eval_only and not args.data, {"val_data", "train_ratio"} & {*given}
-    alone = not dist.is_initialized()
-    wrong = {
-        f"{' and '.join(idle)} means nothing in {flag_of(mode)[2:]}: leave it out": idle,
-        "--val-data or --train-ratio means nothing without --data": no_data and parts,
-        "--temperature is out of range: 0, or from 0.001 on": 0 < args.temperature < 1e-3,
-        "--top-k means nothing at --temperature 0": args.top_k and not args.temperature,
-        "--start-context is empty: give it at least one character": not args.start_context,
-        "--fsdp needs several processes: start with torchrun": args.fsdp and alone,
-        "--min-lr is above --lr, but the cosine falls": (args.min_lr or 0) > args.lr,
-    }
-    for message in itertools.compress(wrong, wrong.values()):
-        raise UserError(message)
+    typed = {*given.values()}
+    mode = next((flag for flag in MODES if flag in typed), "training")
+    meant = {mode, *MODES[mode].split()}
+    pairs = [(flag, mode) for k, flag in given.items() if not {flag, k, group_of[k]} & meant]
+    pairs += [pair for pair in map(str.split, IDLE) if {*pair} <= typed]
+    for flag, other in pairs:
+        raise UserError(f"{flag} means nothing beside {other}: they don't go together")
+    if 0 < args.temperature < 1e-3:
+        raise UserError("--temperature is out of range: 0, or from 0.001 on")
+    if args.top_k and not args.temperature:
+        raise UserError("--top-k means nothing at --temperature 0")
+    if args.fsdp and not dist.is_initialized():
+        raise UserError("--fsdp needs several processes: start with torchrun")
+    if (args.min_lr or 0) > args.lr:
+        raise UserError("--min-lr is above --lr, but the cosine falls")
 
 
 def first_model(args):
     """Return (config, weights or None) that training begins with. Raises UserError."""
-    sizes = {name: getattr(args, name) for name in [*GPT_CONFIG_124M][1:]}
-    sizes = {name: size for name, size in sizes.items() if size is not None}
-    if not args.init_from:
-        config = GPT_CONFIG_124M | MODELS[args.model] | sizes
-        if config["emb_dim"] % config["n_heads"]:
-            heads = f"--n-heads {config['n_heads']}"
-            raise UserError(f"--emb-dim {config['emb_dim']} must be divisible by {heads}")
-        return config, None
-    content = load_model(Path(args.init_from))[0] if rank() == 0 else {}
-    config = from_all_ranks(content.get("config"))[0]
-    for name, size in sizes.items():
-        shorter = name == "context_length" and size < config[name]
-        if size != config[name] and name != "drop_rate" and not shorter:
-            what = f"{flag_of(name)} is {size}, but {args.init_from} has {config[name]}"
-            raise UserError(f"{what}: leave it out")
-    config, weights = config | sizes, content.get("model")
+    content = load_model(Path(args.init_from))[0] if args.init_from and rank() == 0 else {}
+    theirs, weights = from_all_ranks(content.get("config"))[0], content.get("model")
+    config = theirs or GPT_CONFIG_124M | MODELS[args.model]
+    sizes = {k: v for k, v in vars(args).items() if k in config and v is not None}
+    for name, size in sizes.items() if theirs else ():
+        free = name == "drop_rate" or (name == "context_length" and size < config[name])
+        if size != config[name] and not free:
+            raise UserError(f"--{name} is {config[name]} in --init-from".replace("_", "-"))
+    config = config | sizes
+    if config["emb_dim"] % config["n_heads"]:
+        raise UserError("--emb-dim must be divisible by --n-heads")
     if weights:
         weights["pos_emb.weight"] = weights["pos_emb.weight"][: config["context_length"]]
     return config, weights
@@ -1551,20 +1517,19 @@ def named_model(args):
     """Return (content, model) of --checkpoint, or of what --out-dir holds. Raises UserError."""
     paths = [Path(args.checkpoint or Path(args.out_dir, name)) for name in WEIGHTS]
     path = next(filter(Path.exists, paths), paths[0])
-    content, model = load_model(path)
     if rank() == 0:
         print(f"train_gpt: using {path}", file=sys.stderr)
-    return content, model.eval()
+    return load_model(path)
 
 
 def sample(args, device) -> int:
     """Print a text continued by a saved model."""
     tokenizer, autocast = get_tokenizer(), choose_precision(device, args.dtype)[1]
-    model = named_model(args)[1].to(device)
+    model = named_model(args)[1].eval().to(device)
     show("sampling")
-    idx = text_to_token_ids(args.sample or END_OF_TEXT, tokenizer).to(device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    options = model.pos_emb.num_embeddings, args.temperature, args.top_k, 50256, generator
+    torch.manual_seed(args.seed)
+    idx = text_to_token_ids(args.sample, tokenizer).to(device)
+    options = model.pos_emb.num_embeddings, args.temperature, args.top_k, 50256
     with autocast:
         idx = generate(model, idx, args.max_new_tokens, *options)
     print(token_ids_to_text(idx, tokenizer))
@@ -1577,21 +1542,17 @@ def evaluate(args, device) -> int:
     content, model = named_model(args)
     own = None if args.data else content.get("source")
     if not args.data and not own:
-        raise UserError("the model doesn't say what it was trained on: name a text with --data")
-    if own:
-        args.train_ratio = own["train_ratio"]
-        for key in ("data", "val_data"):
-            setattr(args, key, [os.path.join(own["folder"], name) for name in own[key] or []])
-    corpus = load_corpus(args)
+        raise UserError("the model names no text of its own: name one with --data")
+    corpus = load_corpus(argparse.Namespace(**own) if own else args)
     if own and own["sha256"] != corpus.source["sha256"]:
-        raise UserError(f"{corpus.name} is not what the run was trained on: name it with --data")
+        raise UserError(f"{corpus.name} changed since training: name a text with --data")
     _, val_loader, all_loader = make_loaders(args, content["config"], corpus, device)
     print(f"Text: {corpus.name}")
     show(lambda: "evaluating: {} batch {} of {}".format(*WindowBatches.latest))
     with autocast:
         losses = evaluate_model(model.to(device), all_loader, val_loader, device, None)
     for name, loss in zip(("Training", "Validation"), losses):
-        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf where too large
+        perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf where too large
         print(f"{name} loss: {loss:.6f}\n{name} perplexity: {perplexity:.3f}")
     return 0
 
