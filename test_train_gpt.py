@@ -796,7 +796,7 @@ def test_disturbed_run_saves_all_and_goes_on(way, disturbed, monkeypatch, capsys
 
 MOMENTS = (
     "evaluate_model SIGINT 1, train_step SIGXCPU 7, save SIGUSR1 1, note_random SIGUSR2 9, "
-    "generate_and_print_sample SIGHUP 1, save_losses SIGQUIT 3, measure SIGTERM 2"
+    "generate_and_print_sample SIGHUP 1, save_evaluation SIGQUIT 3, measure SIGTERM 2"
 )
 
 

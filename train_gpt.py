@@ -1558,198 +1558,163 @@ def evaluate(args, device) -> int:
 
 
 # ---------------------------------------------------------------------------------------- training
-CALMER = "start anew with a lower --lr, --warmup-steps or --grad-clip 1; what was saved is kept"
+CALMER = "start anew with a lower --lr or --grad-clip 1"
 
 
-def make_plan(args, loaders):
-    """Return how long to train, and how often to evaluate and sample. Raises UserError.
-
-    As published in a run of up to 100 steps; in a longer one evaluation takes some 5 % of the time.
-    """
-    accum, plan = args.grad_accum_steps, argparse.Namespace()
-    per_epoch = math.ceil(len(loaders[0]) / accum)
-    most = args.max_steps or (150 if args.model == "tiny" and not args.epochs else math.inf)
-    plan.epochs = args.epochs or (math.ceil(most / per_epoch) if most < math.inf else 10)
-    plan.steps = min(per_epoch * plan.epochs, most)
-    if args.warmup_steps >= plan.steps:
-        raise UserError(f"--warmup-steps must be fewer than the {plan.steps} steps")
-    short = plan.steps <= 100
-    plan.eval_freq = args.eval_freq or (5 if short else max(10, math.ceil(plan.steps / 20)))
-    # A batch is evaluated, in either part, in a third of the time that training on it takes.
-    by_time = min(100, max(1, round(0.075 * plan.eval_freq * accum)))
-    plan.eval_iter = args.eval_iter or (5 if short else by_time)
-    plan.measure_iter = max(10 * plan.eval_iter, plan.steps * accum // 64)
-    plan.epochs_per_sample = 1 if short else math.ceil(60 / per_epoch)
-    return plan
+def make_plan(args, loader) -> None:
+    """Set in args how long to train, how often to evaluate and sample. Raises UserError."""
+    per_epoch = math.ceil(len(loader) / args.grad_accum_steps)
+    steps = min(args.max_steps or math.inf, per_epoch * (args.epochs or math.inf))
+    if steps == math.inf:
+        steps = 150 if args.model == "tiny" else 10 * per_epoch
+    if args.warmup_steps >= steps:
+        raise UserError(f"--warmup-steps must be fewer than the {steps} steps")
+    short = steps <= 100  # as published; else evaluation and samples take some 5 % of the time
+    args.steps, args.sample_freq = steps, 1 if short else math.ceil(60 / per_epoch)
+    args.eval_freq = args.eval_freq or (5 if short else max(10, steps // 20))
+    by_time = round(0.075 * args.eval_freq * args.grad_accum_steps)
+    args.eval_iter = args.eval_iter or (5 if short else min(100, max(1, by_time)))
 
 
-def make_model(args, config, weights, device, loader):
-    """Return (model, optimizers), with the same weights on all ranks; seed all draws."""
-    from torch.utils.checkpoint import checkpoint
+def prepare(args, kept, checkpoint, device):
+    """Return all that a run needs but its folder; print what it is."""
+    run = argparse.Namespace(args=args, settings=kept, device=device)
+    run.draws = rank() == 0 and can_draw()
+    run.config, weights = (checkpoint["config"], None) if checkpoint else first_model(args)
+    run.corpus = load_corpus(args)
+    run.loaders = make_loaders(args, run.config, run.corpus, device)
+    make_plan(args, run.loaders[0])
+    run.settings["eval_iter"] = args.eval_iter  # the measure of the best loss stays
+    dtype, run.autocast, run.scaler = choose_precision(device, args.dtype)
 
     show("building the model")
     torch.manual_seed(args.seed)
-    model = GPTModel(config)
+    model = GPTModel(run.config)
     if weights:
         model.load_state_dict(weights)
     elif args.init == "gpt2":
         init_gpt2(model)
-    for block in model.trf_blocks if args.recompute else ():  # Chen et al. 2016, "Training Deep
-        # Nets with Sublinear Memory Cost": the backward pass computes activations again
-        again = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        block.forward = functools.wraps(block.forward)(again)
-    model = spread(model, device, args.fsdp)
+    if args.recompute:  # Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"
+        from torch.utils.checkpoint import checkpoint as recompute
+
+        for block in model.trf_blocks:
+            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+    run.model = spread(model, device, args.fsdp)
     if args.compile:
-        model.compile()
+        run.model.compile()
     if world_size() > 1:  # one stream for the order of windows, one per rank for dropout
-        loader.generator.set_state(torch.get_rng_state())
+        run.loaders[0].generator.set_state(torch.get_rng_state())
         torch.manual_seed(args.seed + 1 + rank())
-    return model, make_optimizers(model, args)
+    run.optimizers = make_optimizers(run.model, args)
+    run.progress, run.losses, run.random, run.best, run.next_best = Progress(), {}, {}, {}, 0.0
 
-
-def print_setup(run, dtype):
-    """Print what is trained, on what, with what."""
-    args, plan, corpus = run.args, run.plan, run.corpus
-    ranks = f", {world_size()} processes" * (world_size() > 1) + " (FSDP)" * args.fsdp
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"Device: {device}, {dtype}; model: {parameters:,} parameters")
+    print(f"Text: {run.corpus.name}")
+    print(f"Characters: {run.corpus.characters or 'unknown'}")
+    print(f"Tokens: {run.corpus.tokens}")
     train, val, _ = map(len, run.loaders)
     shape = args.batch_size, run.config["context_length"]
-    chosen = f"{plan.steps} steps, every {plan.eval_freq} an evaluation of {plan.eval_iter} batches"
-    print(f"Device: {run.device}, {dtype}{ranks}; model: {parameters:,} parameters")
-    print(f"Text: {corpus.name}")
-    print(f"Characters: {corpus.characters}\n" * bool(corpus.characters), end="")
-    print(f"Tokens: {corpus.tokens}")
-    print(f"Batches of {shape}: {train} for training, {val} for validation; {chosen}")
+    print(f"Batches of {shape}: {train} for training, {val} for validation", end="; ")
+    print(f"{args.steps} steps, every {args.eval_freq} an evaluation of {args.eval_iter} batches")
+    return run
 
 
-def measure(run, train_loader, *titles):
-    """Print and return the losses of both parts, leaving the random states as they were."""
-    show(lambda: "measuring the loss: {} batch {} of {}".format(*WindowBatches.latest))
+def measure(run, train_loader, when=""):
+    """Print and return the losses of both parts; put back the loaders' random state."""
+    show(lambda: "measuring: {} batch {} of {}".format(*WindowBatches.latest))
     state, losses = train_loader.generator.get_state(), []
-    # Validation is measured as while training, so that best.pt is the best by the last figure, too.
-    parts = (train_loader, run.plan.measure_iter), (run.loaders[1], run.plan.eval_iter)
+    # Validation as while training, so that best.pt is best by the last figure, too.
+    parts = (train_loader, 10 * run.args.eval_iter), (run.loaders[1], run.args.eval_iter)
     run.model.eval()
-    for title, (loader, count) in zip(titles, parts):
+    for name, (loader, count) in zip(("training", "validation"), parts):
         with run.autocast, torch.no_grad():
             losses.append(calc_loss_loader(loader, run.model, run.device, count))
-        share = f" (first {count} of {len(loader)} batches)" * (count < len(loader))
-        print(f"{title}: {losses[-1]:.6f}{share}")
+        share = f" (first {count} of {len(loader)} batches)" if count < len(loader) else ""
+        print(f"{when}{name} loss".capitalize() + f": {losses[-1]:.6f}{share}")
     train_loader.generator.set_state(state)
     return losses
 
 
-def save_losses(run, folder) -> None:
-    """Save losses.json. JSON knows no nan, the loss of no validation data."""
+def save_evaluation(run, folder) -> None:
+    """Save losses.json, and weights of a new lowest loss; if that was done lately, hold them."""
+    loss = run.losses.get("final", run.progress.history[-1])[-1]
+    if loss < run.losses.get("best", [math.inf])[0]:  # nan never is
+        start = time.monotonic()
+        run.losses["best"], run.best = [loss], weights_of(run)
+        if start > run.next_best and save_held(run, folder):
+            run.next_best = start + 6 * (time.monotonic() - start)
+        else:  # training changes the weights
+            run.best["model"] = {k: v.clone() for k, v in run.best["model"].items()}
     names = "steps", "epochs", "tokens_seen", "train_losses", "val_losses"
-    columns = list(zip(*run.progress.history)) or [()] * len(names)
-    figures = dict(zip(names, columns)) | run.losses
+    figures = dict(zip(names, zip(*run.progress.history))) | run.losses
     figures = {k: [None if math.isnan(x) else x for x in v] for k, v in figures.items()}
     save(folder / "losses.json", {"config": run.config, "settings": run.settings, **figures})
 
 
-def keep_best(run, folder, loss) -> None:
-    """Save weights of a new lowest validation loss; if that was done lately, hold them for now."""
-    if not loss < run.losses.get("best", [math.inf])[0]:  # nan isn't, either
-        return
-    run.losses["best"], start = [loss], time.monotonic()
-    run.best = weights_of(run) | {"val_loss": loss}
-    if from_all_ranks(start > run.next_best)[0]:
-        save_held(run, folder)
-        run.next_best = 6 * time.monotonic() - 5 * start  # after five times what it took
-    if run.best:  # training goes on and changes the weights
-        run.best["model"] = {name: weight.clone() for name, weight in run.best["model"].items()}
-
-
 def save_held(run, folder) -> bool:
     """Save the weights that are held, if any."""
-    done = not run.best or save(folder / "best.pt", run.best)
-    run.best = {} if done else run.best
-    return done
-
-
-def resume(run, checkpoint, folder) -> None:
-    """Go on where a checkpoint left off. Raises UserError."""
-    try:
-        restore(run, checkpoint)
-    except DAMAGE as error:
-        lacks = f"{folder / 'checkpoint.pt'} lacks what resuming needs"
-        raise UserError(f"{lacks} ({error}): start anew with --overwrite") from None
-    checkpoint.clear()  # 12 bytes a parameter
-    progress = run.progress
-    print(f"Resuming after step {progress.step:06d}")
-    if progress.step + 1 >= run.plan.steps:
-        warn("all steps are done: to train on, raise --max-steps or --epochs")
-    if not from_all_ranks((folder / "best.pt").exists())[0]:  # it is made again
-        run.losses.pop("best", None)
-    if progress.history and progress.history[-1][0] == progress.step:  # a kill may have come
-        keep_best(run, folder, progress.history[-1][4])  # before best.pt
+    if run.best and save(folder / "best.pt", run.best):
+        run.best = {}
+    return not run.best
 
 
 def train_steps(run, folder, stop, log) -> int:
     """Train, and do what a long run needs between steps; return the signal that ended it, or 0."""
-    args, plan, progress, asked = run.args, run.plan, run.progress, 0
-    tokenizer, rate_of = get_tokenizer(), functools.partial(learning_rate, args, plan.steps)
-    book = run.model, *run.loaders[:2], run.optimizers, run.device, plan.epochs, plan.eval_freq
+    args, progress, every = run.args, run.progress, run.args.checkpoint_every
+    tokenizer, rate_of = get_tokenizer(), functools.partial(learning_rate, args, args.steps)
+    book = run.model, *run.loaders[:2], run.optimizers, run.device, args.steps, args.eval_freq
     options = {"grad_accum_steps": args.grad_accum_steps, "grad_clip": args.grad_clip}
     options |= {"autocast": run.autocast, "scaler": run.scaler, "learning_rate": rate_of}
-    steps = train(*book, plan.eval_iter, "", tokenizer, progress=progress, **options)
-    next_save, every = time.monotonic() + 120, args.checkpoint_every
-
-    def status():
-        left_s = progress.train_s / max(1, progress.step + 1) * (plan.steps - progress.step - 1)
-        where = f"step {progress.step + 1:06d} of {plan.steps - 1:06d}, {left_s / 60:.1f} min left"
-        return "{}: {} batch {} of {}".format(where, *WindowBatches.latest)
-
-    show(status)
-    while progress.step + 1 < plan.steps and not asked:
-        loss = next(steps)
-        done = progress.step + 1
-        due = done % every == 0 if every else time.monotonic() > next_save
+    steps = train(*book, args.eval_iter, "", tokenizer, progress=progress, **options)
+    next_save = time.monotonic() + 120
+    for step in range(progress.step + 1, args.steps):
+        left_min = progress.train_s / 60 * (args.steps / max(1, step) - 1)
+        show(f"step {step:06d} of {args.steps - 1:06d}, {left_min:.1f} min left")
+        loss, last = next(steps), step == args.steps - 1
+        due = (step + 1) % every == 0 if every else time.monotonic() > next_save
         losses, signals, dues = zip(*from_all_ranks((loss, stop.signal, due)))
-        loss, asked, last = sum(losses) / len(losses), max(signals), done == plan.steps
+        loss, asked = sum(losses) / len(losses), max(signals)
         if not math.isfinite(loss):
             save_held(run, folder)
-            raise UserError(f"the loss at step {progress.step} is {loss}: {CALMER}")
+            raise UserError(f"the loss at step {step} is {loss}: {CALMER}")
         note_random(run)
-        norm = "" if math.isnan(progress.grad_norm) else f"{progress.grad_norm:.6g}"
-        row = f"{progress.step},{progress.tokens_seen},{loss:.6f},{rate_of(progress.step):.6g}"
-        log.write(f"{row},{norm},{progress.train_s:.3f}\n")
-        if last or (progress.batch == 0 and progress.epoch % plan.epochs_per_sample == 0):
+        row = step, progress.tokens_seen, loss, rate_of(step), progress.grad_norm, progress.train_s
+        log.write(",".join(map(str, row)).replace("nan", "") + "\n")
+        if last or (progress.batch == 0 and progress.epoch % args.sample_freq == 0):
             with run.autocast, torch.compiler.set_stance("force_eager"):
                 generate_and_print_sample(run.model, tokenizer, run.device, args.start_context)
-        if (dues[0] or progress.step == 0) and not (last or asked):
+        if (dues[0] or step == 0) and not (last or asked):
             start = time.monotonic()
             save_held(run, folder)
             save(folder / "checkpoint.pt", checkpoint_of(run, weights_of(run)))
             next_save = time.monotonic() + max(120, 50 * (time.monotonic() - start))
-        if progress.step % plan.eval_freq == 0:  # only now, so that no best.pt lies there alone
-            save_losses(run, folder)
-            keep_best(run, folder, progress.history[-1][4])
-    return asked
+        if step % args.eval_freq == 0:  # only now, so that no best.pt lies there alone
+            save_evaluation(run, folder)
+        if asked:
+            return asked
+    return 0
 
 
-def finish(run, folder) -> list:
-    """Save each file by itself, weights first, and draw; return the names of missing files."""
-    import tempfile
-
+def finish(run, folder) -> None:
+    """Save each file by itself, weights first, and draw. Raises UserError for what is missing."""
     show(f"saving to {folder}")
-    done = {"model.pt": save(folder / "model.pt", weights_of(run))}
+    weights = weights_of(run)
+    done = {"model.pt": save(folder / "model.pt", weights)}
+    save_evaluation(run, folder)
     done["best.pt"] = save_held(run, folder)
-    weights = weights_of(run)  # again, since FSDP2's optimizer is found by it
     done["checkpoint.pt"] = save(folder / "checkpoint.pt", checkpoint_of(run, weights))
-    save_losses(run, folder)
-    try:
-        if run.draws and run.progress.history:
-            show("drawing")
-            _, *columns = zip(*run.progress.history)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
-                paths = [Path(work, name) for name in FIGURES[2:]]
-                plot_losses(*columns, paths=paths, show=False)
-                for path in paths:
-                    os.replace(path, folder / path.name)
-    except Exception as error:  # whatever matplotlib makes of its settings or of a full disk
-        warn(f"the plot can't be drawn ({error})")
-    return [name for name in done if not done[name]]
+    if run.draws:
+        _, *columns = zip(*run.progress.history)
+        paths = [folder / f".{name}" for name in FIGURES[2:]]
+        try:
+            plot_losses(*columns, paths=paths, show=False)
+            for path in paths:
+                path.replace(folder / path.name[1:])
+        except Exception as error:  # whatever matplotlib raises
+            warn(f"the plot can't be drawn ({error})")
+    if missing := [name for name in done if not done[name]]:
+        raise UserError(shortfall(folder, missing))
 
 
 def can_draw() -> bool:
@@ -1763,90 +1728,68 @@ def can_draw() -> bool:
 
 
 def tell(run, argv, folder) -> None:
-    """Print what was trained, the files, and the commands that go on from here."""
+    """Print what was trained, the files, and commands that go on."""
     import shlex
 
-    progress, plan, args = run.progress, run.plan, run.args
-    speed = progress.tokens_seen / max(1e-9, progress.train_s)
-    print(f"Trained: {progress.step + 1} steps, {progress.tokens_seen:,} tokens, {run.corpus.name}")
-    print(f"Speed: {speed:,.0f} tokens/s; peak memory: {peak_memory_mb(run.device):,.0f} MB")
-    if "final" in run.losses:
-        (train, val), (train_then, val_then) = run.losses["final"], run.losses["initial"]
-        print(f"Training loss: {train_then:.3f} -> {train:.3f}")
-        print(f"Validation loss: {val_then:.3f} -> {val:.3f}")
-        lowest = run.losses.get("best", [math.inf])[0]
-        if train < train_then and val > 1.01 * lowest:
-            worse = (
-                f"Validation got worse, from {lowest:.3f} to {val:.3f}, while training got better"
-            )
-            print(f"{worse}: best.pt has the weights of the lowest validation loss")
+    progress, losses = run.progress, run.losses
+    tokens, peak_mb = progress.tokens_seen, peak_memory_mb(run.device)
+    print(f"Trained: {progress.step + 1} steps, {tokens:,} tokens, {run.corpus.name}")
+    print(f"Speed: {tokens / progress.train_s:,.0f} tokens/s; peak memory: {peak_mb:,.0f} MB")
+    way, more = f"Stopped after step {progress.step:06d}; to go on", "--resume"
+    if "final" in losses:
+        way = "To train on"
+        more += f" --max-steps {2 * progress.step + 2} --epochs {2 * progress.epoch + 2}"
+        change = "Losses: training {:.3f}, validation {:.3f} -> {:.3f}, {:.3f}"
+        print(change.format(*losses["initial"], *losses["final"]))
+        best = losses.get("best", [math.inf])[0]
+        if losses["final"][1] > 1.01 * best:
+            print(f"Validation got worse: best.pt has the weights of {best:.3f}")
     files = [folder / name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
     sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
     print(f"Files in {folder}: {', '.join(sizes)}")
     script = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
-    if script + argv != sys.orig_argv or Path(script[-1]).stem != Path(__file__).stem:
-        script = ["python", "train_gpt.py"]  # called by a notebook, say
-    here = script + ["--out-dir", str(folder)] * (folder != Path("out"))
-    print("To sample from it:", shlex.join([*here, "--sample", args.start_context]))
-    print("To export it:", shlex.join([*here, "--export-hf", "exported"]))
-    stopped, more = progress.step + 1 < plan.steps, ["--resume"]
-    if not stopped and args.max_steps:
-        more += ["--max-steps", str(2 * progress.step + 2)]
-    if not stopped and (args.epochs or not args.max_steps):
-        more += ["--epochs", str(2 * max(plan.epochs, progress.epoch))]
-    again = [word for word in script + argv if word not in ("--resume", "--overwrite")]
-    way = shlex.join(again + more)
-    if world_size() > 1:
-        way = f"the same torchrun command with {shlex.join(more)}"
-    stop = f"Stopped after step {progress.step:06d}; to go on" if stopped else "To train on"
-    print(f"{stop}: {way}")
+    if Path(*script[-1:]).stem != Path(__file__).stem:
+        script = ["python", "train_gpt.py"]  # in a notebook, say
+    here = shlex.join([*script, "--out-dir", str(folder)])
+    print(f"To sample from it: {here} --sample {shlex.quote(run.args.start_context)}")
+    print(f"To export it: {here} --export-hf exported")
+    typed = [word for word in script + argv if word not in ("--resume", "--overwrite")]
+    again = "the same torchrun command with" if world_size() > 1 else shlex.join(typed)
+    print(f"{way}: {again} {more}")
 
 
 def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
     """Train as the command line says; return the exit status."""
     folder = Path(args.out_dir)
     if args.resume and not checkpoint:
-        print(f"There is no run in {folder} to resume: beginning one")
-    run = argparse.Namespace(args=args, settings=kept, draws=rank() == 0 and can_draw())
-    run.config, weights = (checkpoint["config"], None) if checkpoint else first_model(args)
-    run.corpus, run.device = load_corpus(args), device
-    run.loaders = loaders = make_loaders(args, run.config, run.corpus, device)
-    run.plan = make_plan(args, loaders)
-    run.settings["eval_iter"] = run.plan.eval_iter  # the measure of the best loss stays
-    dtype, run.autocast, run.scaler = choose_precision(device, args.dtype)
-    run.model, run.optimizers = make_model(args, run.config, weights, device, loaders[0])
-    run.progress, run.losses, run.random, run.best, run.next_best = Progress(), {}, {}, {}, 0.0
-    print_setup(run, dtype)
+        print(f"No run in {folder} to resume: beginning one")
+    run = prepare(args, kept, checkpoint, device)
     if checkpoint:
-        resume(run, checkpoint, folder)
+        try:
+            restore(run, checkpoint)
+        except DAMAGE as error:
+            raise UserError(f"checkpoint.pt isn't whole ({error}): use --overwrite") from None
+        checkpoint.clear()  # 12 bytes a parameter
+        print(f"Resuming after step {run.progress.step:06d}")
+        save_evaluation(run, folder)  # a kill may have come before
     else:
-        # In the book's order where no window is left over, for the book's figures.
-        whole = loaders[0] if len(loaders[0]) == len(loaders[2]) else loaders[2]
-        run.losses["initial"] = measure(run, whole, "Training loss", "Validation loss")
+        train, _, whole = run.loaders  # in the book's order if that has all
+        run.losses["initial"] = measure(run, train if len(train) == len(whole) else whole)
         note_random(run)
+    stop.at_once = False
     for name in (*WEIGHTS, *FIGURES) if args.overwrite and rank() == 0 else ():
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)  # a link stays one
-    stop.at_once, lost = False, None
+    log = step_log(folder / "steps.csv", run.progress.step, stack)
     try:
-        log = step_log(folder / "steps.csv", run.progress.step, stack)
         stop.signal = train_steps(run, folder, stop, log) or stop.signal
-        if run.progress.step + 1 >= run.plan.steps:
-            final = measure(run, loaders[2], "Final training loss", "Final validation loss")
-            run.losses["final"] = final
-            keep_best(run, folder, final[1])
-    except DataLost as error:
-        if world_size() > 1:  # the others don't know of it, so they can't save together
-            raise
-        lost = error
-    if run.progress.step < 0:
-        raise lost or KeyboardInterrupt
-    missing = finish(run, folder)
-    if missing:
-        raise UserError(shortfall(folder, missing))
-    if rank() == 0:
-        tell(run, argv, folder)
-    if lost:
-        raise UserError(f"{lost}: the run is saved; put the data back, then --resume")
+        if run.progress.step + 1 >= args.steps:
+            run.losses["final"] = measure(run, run.loaders[2], "Final ")
+    except DataLost as lost:
+        if world_size() == 1 and run.progress.history:  # several can't save together
+            finish(run, folder)
+        raise UserError(f"{lost}: put it back, then --resume what is saved") from None
+    finish(run, folder)
+    tell(run, argv, folder)
     return 128 + stop.signal if stop.signal else 0
 
 
