@@ -740,26 +740,23 @@ FORMATS = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"PAR1": "Parquet", b"\x93NUMP
 
 
 def find_files(names, taken: dict) -> list:
-    """Return a list of files a name, without those in taken, which they join. Raises UserError.
-
-    A folder stands for its *.txt that aren't hidden, "-" for standard input.
-    """
+    """Return each name's files, without those in taken, which they join. Raises UserError."""
     sources = []
     for name in names:
         path = Path("/dev/stdin" if name == "-" else name)
         files = [path] if path.exists() else []
         if path.is_dir():
-            inside = [file for file in path.rglob("*") if file.is_file()]
-            shown = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            files = [file for file in sorted(shown) if file.suffix.lower() == ".txt"]
-            others = len(inside) - len(files)
-            print(f"{name}: {len(files)} files, {others} passed over: hidden, or not *.txt")
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            texts = [file for file in inside if file.suffix.lower() == ".txt"]
+            files = [file for file in texts if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            print(f"{name}: {len(files)} files, {len(inside) - len(files)} passed over")
         if not files:
             raise UserError(f"{name!r} is no file, nor a folder with *.txt")
         found = {file.stat()[1:3]: file for file in files}  # by inode and device
-        sources.append([file for identity, file in found.items() if identity not in taken])
+        if new := [found[identity] for identity in found if identity not in taken]:
+            sources.append(new)
         taken |= found
-    return [source for source in sources if source]
+    return sources
 
 
 def text_pieces(files):
@@ -771,8 +768,7 @@ def text_pieces(files):
         with path.open("rb") as file:
             head = file.peek(4096)
             kinds = [kind for start, kind in FORMATS.items() if head.startswith(start)]
-            controls = re.findall(rb"[\0-\x08\x0e-\x1a]", head)
-            if kinds or 20 * len(controls) > len(head):
+            if kinds or 20 * len(re.findall(rb"[\0-\x08\x0e-\x1a]", head)) > len(head):
                 kind = kinds[0] if kinds else "UTF-16 or binary"
                 raise UserError(f"{path} seems to be {kind}: convert it to UTF-8 text")
             stream = io.TextIOWrapper(file, encoding="utf-8-sig")
@@ -888,7 +884,7 @@ def load_corpus(args):
     files, val_files = {}, {}
     sources, val_sources = find_files(names, files), find_files(val_names, val_files)
     for identity in files.keys() & val_files:
-        raise UserError(f"{files[identity]} is training data, name another")
+        raise UserError(f"{files[identity]} is training data: name another in --val-data")
     files |= val_files
     kinds = {file.suffix == ".bin" for file in files.values()}
     if len(kinds) > 1:
@@ -901,9 +897,9 @@ def load_corpus(args):
         raise UserError("--val-data repeats --data: name other data")
     name = f"{', '.join(names + val_names)} ({len(files)} file{'s' * (len(files) > 1)})"
     counts = {"characters": sum(characters), "tokens": sum(tokens)}
+    sha256 = repr((hashes, [*map(len, train)]))  # where it is cut, too
     source = {"data": names, "val_data": val_names, "train_ratio": args.train_ratio}
-    source["folder"] = os.getcwd()
-    source["sha256"] = repr((hashes, [*map(len, train)]))  # where it is cut, too
+    source |= {"folder": os.getcwd(), "sha256": sha256}
     return argparse.Namespace(name=name, train=train, val=val, source=source, **counts)
 
 
@@ -944,15 +940,15 @@ def write_tokens(args) -> int:
 class WindowBatches(Sampler):
     """The batches of an epoch: lists of window numbers, drawn as `DataLoader(shuffle=True)` does.
 
-    Each rank gets its share, or the number `windows`, which counts nothing. skip_to: at which batch
-    the next pass begins, and in which random state. The order takes 8 bytes a window.
+    Each rank gets its share; where there is none, `windows`, the number of one that counts nothing.
     """
 
     latest = "", 0, 0  # (name, batch, batches), for the status line
 
     def __init__(self, name, windows, size, shuffle, generator):
         self.name, self.windows, self.size = name, windows, size
-        self.shuffle, self.generator, self.skip_to = shuffle, generator, (0, None)
+        self.shuffle, self.generator = shuffle, generator
+        self.skip_to = 0, None  # where the next pass begins, and in which random state
 
     def __len__(self):  # as in the book, training leaves out a last batch that isn't full
         return self.windows // self.size if self.shuffle else math.ceil(self.windows / self.size)
