@@ -751,7 +751,7 @@ def find_files(names, taken: dict) -> list:
             files = [file for file in texts if "/." not in f"/{file.relative_to(path).as_posix()}"]
             print(f"{name}: {len(files)} files, {len(inside) - len(files)} passed over")
         if not files:
-            raise UserError(f"{name!r} is no file, nor a folder with *.txt")
+            raise UserError(f"{name!r} is no file, nor a folder with *.txt: check --data")
         found = {file.stat()[1:3]: file for file in files}  # by inode and device
         if new := [found[identity] for identity in found if identity not in taken]:
             sources.append(new)
