@@ -701,71 +701,45 @@ def step_log(path: Path, last: int, stack) -> Output:
 VERDICT_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
 VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
-PIECE_CHARACTERS = 1 << 18  # of text tokenized at a time
-# Where GPT-2's pattern is sure to end a token whatever stands around: between something visible and
-# a space, and between a letter or digit and a punctuation mark. None of it is inside <|endoftext|>.
-SAFE_CUT = re.compile(  # matches up to the last such place
-    r"(?s).*(?:\S(?=[ \n])|[a-zA-Z0-9\u3041-\u3096\u4e00-\u9fff](?=[,.;:!?，。、；：！？]))"
-)
-FORMATS = {  # how files begin that are neither texts nor token ids
-    b"\x93NUMPY": "a NumPy array", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard",
-    b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"ARROW1\0": "Arrow", b"%PDF-": "PDF",
-    b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
-}  # fmt: skip
+PIECE_CHARACTERS = 1 << 16  # of text tokenized at a time
+# GPT-2's pattern always ends a token between something visible and a space, and between a letter or
+# digit and a punctuation mark; <|endoftext|> has neither. This matches up to the last such place.
+SAFE_CUT = re.compile(r"(?s).*(?:\S(?=[ \n])|[^\W_](?=[,.;:!?，。、；：！？]))")
+FORMATS = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"PAR1": "Parquet", b"\x93NUMPY": "NumPy"}
 
 
-def check_format(path, head: bytes, wanted: str) -> None:
-    """Raise UserError where a file begins like something else."""
-    is_text, controls = wanted == "UTF-8 text", len(re.findall(rb"[\0-\x08\x0e-\x1a]", head))
-    magics = [magic for magic in FORMATS if is_text or len(magic) > 3]  # a token id may be one
-    found = [FORMATS[magic] for magic in magics if head.startswith(magic)]
-    if is_text and 20 * controls > len(head):
-        found.append("UTF-16 without a byte order mark, or binary")
-    if not is_text and controls == 0 and len(head) > 64 and max(head) < 0xF5:  # as in all of UTF-8
-        found.append("a text: name it *.txt")
-    if found:
-        raise UserError(f"{path} is no {wanted}: it seems to be {found[0]}")
-
-
-def find_files(names, taken: dict, forbidden=()):
-    """Return (sources, number of files passed over): a list of files for each name.
-
-    A folder stands for its *.txt that aren't hidden, "-" for standard input. A file is taken once,
-    whatever its names: by its identity, a key of taken. Raises UserError.
-    """
-    sources, passed_over = [], 0
+def find_files(names, taken: dict) -> list:
+    """Return each name's files, without those in taken, which they join. Raises UserError."""
+    sources = []
     for name in names:
-        path, source = Path("/dev/stdin" if name == "-" else name), []
+        path = Path("/dev/stdin" if name == "-" else name)
         files = [path] if path.exists() else []
         if path.is_dir():
-            inside = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
-            texts = [file for file in sorted(inside) if file.suffix.lower() == ".txt"]
-            shown = [file for file in texts if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            files = [file for file in shown if file.is_file()]
-            passed_over += len(inside) - len(files)
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            texts = [file for file in inside if file.suffix.lower() == ".txt"]
+            files = [file for file in texts if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            print(f"{name}: {len(files)} files, {len(inside) - len(files)} passed over")
         if not files:
-            raise UserError(f"{name!r} is no file, nor a folder with *.txt files: check --data")
-        for file in files:
-            identity = file.stat().st_dev, file.stat().st_ino
-            if identity in forbidden:
-                raise UserError(f"{file} is training data, so it can't validate: name another")
-            if taken.setdefault(identity, file) is file:
-                source.append(file)
-        sources += [source] if source else []
-    return sources, passed_over
+            raise UserError(f"{name!r} is no file, nor a folder with *.txt: check --data")
+        found = {file.stat()[1:3]: file for file in files}  # by inode and device
+        if new := [found[identity] for identity in found if identity not in taken]:
+            sources.append(new)
+        taken |= found
+    return sources
 
 
 def text_pieces(files):
-    """Yield UTF-8 texts in pieces whose tokens, one after the other, are those of the whole.
-
-    The end-of-text token comes between files; a byte order mark is no text. Raises UserError.
-    """
+    """Yield texts, joined by END_OF_TEXT, in pieces with the whole's tokens. Raises UserError."""
     done, total = 0, sum(path.stat().st_size for path in files)  # characters, bytes
     show(lambda: f"encoding: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
-    for number, path in enumerate(files):
-        text = END_OF_TEXT if number else ""
-        with open(path, "rb") as file:
-            check_format(path, file.peek(4096), "UTF-8 text")
+    for path in files:
+        text = "" if path is files[0] else END_OF_TEXT
+        with path.open("rb") as file:
+            head = file.peek(4096)
+            kinds = [kind for start, kind in FORMATS.items() if head.startswith(start)]
+            if kinds or 20 * len(re.findall(rb"[\0-\x08\x0e-\x1a]", head)) > len(head):
+                kind = kinds[0] if kinds else "UTF-16 or binary"
+                raise UserError(f"{path} seems to be {kind}: convert it to UTF-8 text")
             stream = io.TextIOWrapper(file, encoding="utf-8-sig")
             try:
                 while block := stream.read(PIECE_CHARACTERS):
@@ -775,8 +749,9 @@ def text_pieces(files):
                         text = text[cut.end() :]
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} is not UTF-8 ({error}): convert it") from None
-        if text:
-            yield text
+        yield text
+    if not done:
+        raise UserError(f"{files[0]} is empty: name a text with --data")
 
 
 def encode(pieces):
@@ -784,52 +759,39 @@ def encode(pieces):
     import copy
     from concurrent.futures import ThreadPoolExecutor
 
-    own, cores = threading.local(), os.cpu_count() or 1
+    def work(text, tokenizer):
+        return text, array("H", tokenizer.encode(text, allowed_special={END_OF_TEXT}))
 
-    def begin():  # threads that share a tokenizer hold each other up: 60 MB take 1.4 times as long
-        own.encode = copy.copy(get_tokenizer()).encode
-
-    def work(text):
-        return text, array("H", own.encode(text, allowed_special={END_OF_TEXT}))
-
-    with ThreadPoolExecutor(cores, initializer=begin) as pool:
-        ahead = deque()
+    cores = os.cpu_count() or 1  # threads that share a tokenizer take 1.4 times as long
+    tokenizers = itertools.cycle([copy.copy(get_tokenizer()) for _ in range(cores)])
+    with ThreadPoolExecutor(cores) as pool:
         try:
-            for text in itertools.chain(pieces, [""] * 4 * cores):
-                ahead.append(pool.submit(work, text))
-                if len(ahead) > 4 * cores:
-                    yield ahead.popleft().result()
+            while some := list(itertools.islice(pieces, 16 * cores)):
+                yield from pool.map(work, some, tokenizers)
         except ValueError as error:
             raise UserError(f"tiktoken can't encode such long runs of blanks ({error})") from None
 
 
 def load_text(files, ratio):
-    """Return ids to train on, ids to validate on, characters, tokens, a SHA-256.
-
-    A single text is cut after a share of its characters, as in the book, others of their tokens.
-    """
-    import bisect
-
-    ids, ends, encode_text = array("H"), [(0, 0)], get_tokenizer().encode
+    """Return ids to train on, ids to validate on, characters, tokens, a SHA-256."""
+    ids, ends, tokenizer = array("H"), [(0, 0)], get_tokenizer()
     for text, piece in encode(text_pieces(files)):
         ids.extend(piece)
         ends.append((ends[-1][0] + len(text), len(ids)))
     characters, tokens = ends[-1]
-    if not tokens:
-        raise UserError(f"{files[0]} is empty: name a text with --data")
-    sha256, whole = hashlib.sha256(ids).hexdigest(), torch.frombuffer(ids, dtype=torch.uint16)
-    if len(files) > 1:
-        cut, characters = int(ratio * tokens), characters - len(END_OF_TEXT) * (len(files) - 1)
-        return whole[:cut], whole[cut:], characters, tokens, sha256
-    cut = int(ratio * characters)
-    number = bisect.bisect_left(ends, (cut, 0), 1, len(ends) - 1)  # of the piece that is cut
-    (first, start), (_, end) = ends[number - 1 : number + 1]
-    text, halves = get_tokenizer().decode(ids[start:end]), []
-    for half in (text[: cut - first], text[cut - first :]):  # encoded apart
-        half = encode_text(half, allowed_special={END_OF_TEXT})
-        halves.append(torch.tensor(half, dtype=torch.uint16))
-    train, val = torch.cat([whole[:start], halves[0]]), torch.cat([halves[1], whole[end:]])
-    return train, val, characters, tokens, sha256
+    cut = int(ratio * tokens)
+    if len(files) == 1:  # as in the book, the text is cut, and its parts are encoded apart
+        place = int(ratio * characters)
+        spans = itertools.pairwise(ends)  # of the pieces; this one is cut:
+        (first, start), (_, end) = next(span for span in spans if span[1][0] >= place)
+        text = tokenizer.decode(ids[start:end])
+        parts = text[: place - first], text[place - first :]
+        before, after = (tokenizer.encode(part, allowed_special={END_OF_TEXT}) for part in parts)
+        ids[start:end] = array("H", before + after)
+        cut = start + len(before)
+    characters -= len(END_OF_TEXT) * (len(files) - 1)
+    whole = torch.frombuffer(ids, dtype=torch.uint16)
+    return whole[:cut], whole[cut:], characters, tokens, hashlib.sha256(ids).hexdigest()
 
 
 class DataLost(UserError):
@@ -838,7 +800,7 @@ class DataLost(UserError):
 
 @dataclass
 class TokenFile:
-    """Token ids, little-endian uint16, read by `long`: cut, a memory map would end the process."""
+    """Ids of a token file, read when used: a memory map of a cut file would end the process."""
 
     file: io.FileIO
     places: range  # of these ids in the file
@@ -847,76 +809,67 @@ class TokenFile:
         return len(self.places)
 
     def __getitem__(self, part):
-        return TokenFile(self.file, self.places[part])
-
-    def long(self):
-        self.file.seek(2 * self.places.start)
-        data = bytearray(self.file.read(2 * len(self)))
-        if len(data) < 2 * len(self):
+        places = self.places[part]
+        self.file.seek(2 * places.start)
+        data = bytearray(self.file.read(2 * len(places)))
+        if len(data) < 2 * len(places):
             raise DataLost(f"{self.file.name} was cut while it was trained on")
-        return torch.frombuffer(data, dtype=torch.uint16).long()
+        return torch.frombuffer(data, dtype=torch.uint16)
 
 
 def load_token_file(files, ratio):
-    """Return the same of a token file, raw or with llm.c's header; it has no characters.
-
-    The header is 256 int32: 20240520, 1, the number of ids, zeros. Raises UserError.
-    """
-    sha256, largest, odd_sum = hashlib.sha256(), 0, 0
-    [path] = files
-    file, size = path.open("rb", buffering=0), path.stat().st_size
-    show(lambda: f"checking {path}: {file.tell() / 1e6:,.0f} of {size / 1e6:,.0f} MB")
-    head = file.read(1024)
-    magic, version, announced = array("i", head[:12].ljust(12))
+    """Return the same of a token file, raw or with llm.c's header. Raises UserError."""
+    file, size = files[0].open("rb", buffering=0), files[0].stat().st_size
+    show(lambda: f"checking {file.name}: {file.tell() / 1e6:,.0f} of {size / 1e6:,.0f} MB")
+    head = file.read(1024)  # llm.c's: 20240520, 1, the number of ids, 253 more int32
+    magic, *header = array("i", head[:12].ljust(12))
     first = 512 if magic == 20240520 else 0
-    check_format(path, head, "row of uint16 ids")
+    count, sha256, largest = size // 2 - first, hashlib.sha256(), 0
     file.seek(2 * first)
     while block := file.read(1 << 23):
         sha256.update(block)
-        block += b"\0" * (len(block) % 2)
-        ids = torch.frombuffer(bytearray(block), dtype=torch.uint16).int()
-        largest, odd_sum = max(largest, ids.max().item()), odd_sum + ids[1::2].sum().item()
-    count = size // 2 - first
+        ids = torch.frombuffer(bytearray(block + b"\0" * (len(block) % 2)), dtype=torch.uint16)
+        largest = max(largest, ids.int().max().item())
+    text = len(head) > 64 and not re.search(rb"[\0-\x08\xf5-\xff]", head)
     problems = {
-        f"{size} bytes, so it is no row of uint16 ids": count < 1 or size % 2,
-        f"a header of version {version}, but 1 is that of uint16": first and version != 1,
-        f"{count} ids, but announces {announced}: cut?": first and count != announced,
-        "ids of 4 or 8 bytes, as uint32 and int64 are: write uint16": largest and not odd_sum,
-        f"the id {largest}, but GPT-2's end with 50256": largest > 50256,
-        f"no id above {largest}, so they are not GPT-2's": largest < 256 and count > 4096,
+        f"{size} bytes: no row of uint16 ids": count < 1 or size % 2,
+        f"a header that announces {header}, not {[1, count]}": first and header != [1, count],
+        "NumPy's header: write it by tofile": head.startswith(b"\x93NUMPY"),
+        "the bytes of a text: name it *.txt": text,
+        "uint32 or int64 ids: write uint16": largest and not any(head[2::4] + head[3::4]),
+        f"ids up to {largest}, but GPT-2's end with 50256": largest > 50256,
+        f"no id above {largest}: they aren't GPT-2's": largest < 256 and count > 4096,
     }
     for problem in itertools.compress(problems, problems.values()):
-        raise UserError(f"{path} has {problem}")
-    ids, cut = TokenFile(file, range(first, first + count)), int(ratio * count)
-    return ids[:cut], ids[cut:], 0, count, sha256.hexdigest()
+        raise UserError(f"{file.name} has {problem}")
+    places, cut = range(first, first + count), int(ratio * count)
+    train, val = TokenFile(file, places[:cut]), TokenFile(file, places[cut:])
+    return train, val, 0, count, sha256.hexdigest()
 
 
 def load_corpus(args):
     """Return train and val, lists of ids, one a source, and what is said of them."""
-    show("reading the data")
-    names, taken = args.data or [str(default_text())], {}
-    sources, passed_over = find_files(names, taken)
-    val_sources, more = find_files(args.val_data or [], {}, taken)
-    files = list(itertools.chain(*sources, *val_sources))
-    if len({path.suffix == ".bin" for path in files}) > 1:
-        raise UserError(f"{files[0]} and more mix texts and token files (*.bin): give one kind")
-    load = load_token_file if files[0].suffix == ".bin" else load_text
-    ratio = 1.0 if val_sources else args.train_ratio
-    loaded = [load(source, ratio) for source in sources + val_sources]
+    names, val_names = args.data or [str(default_text())], args.val_data or []
+    files, val_files = {}, {}
+    sources, val_sources = find_files(names, files), find_files(val_names, val_files)
+    for identity in files.keys() & val_files:
+        raise UserError(f"{files[identity]} is training data: name another in --val-data")
+    files |= val_files
+    kinds = {file.suffix == ".bin" for file in files.values()}
+    if len(kinds) > 1:
+        raise UserError("the data mix texts and token files (*.bin): give one kind")
+    load = load_token_file if True in kinds else load_text
+    loaded = [load(source, 1.0 if val_names else args.train_ratio) for source in sources]
+    loaded += [load(source, 0.0) for source in val_sources]
     train, val, characters, tokens, hashes = zip(*loaded)
-    if val_sources:
-        train, val = train[: len(sources)], train[len(sources) :]
-        if {*hashes[: len(sources)]} & {*hashes[len(sources) :]}:
-            raise UserError("--val-data repeats what --data holds: name other validation data")
+    if {*hashes[: len(sources)]} & {*hashes[len(sources) :]}:
+        raise UserError("--val-data repeats --data: name other data")
+    name = f"{', '.join(names + val_names)} ({len(files)} file{'s' * (len(files) > 1)})"
+    counts = {"characters": sum(characters), "tokens": sum(tokens)}
     sha256 = repr((hashes, [*map(len, train)]))  # where it is cut, too
-    source = {"data": names, "val_data": args.val_data, "train_ratio": args.train_ratio}
+    source = {"data": names, "val_data": val_names, "train_ratio": args.train_ratio}
     source |= {"folder": os.getcwd(), "sha256": sha256}
-    counts = f"{len(files)} file{'s' * (len(files) > 1)}"
-    if passed_over + more:
-        counts += f", {passed_over + more} passed over: hidden, or not *.txt"
-    name = f"{', '.join(names + (args.val_data or []))} ({counts})"
-    figures = {"characters": sum(characters), "tokens": sum(tokens)}
-    return argparse.Namespace(name=name, source=source, train=train, val=val, **figures)
+    return argparse.Namespace(name=name, train=train, val=val, source=source, **counts)
 
 
 def default_text() -> Path:
@@ -925,51 +878,46 @@ def default_text() -> Path:
 
     path = Path("the-verdict.txt")
     if rank() == 0 and not path.exists():
-        show("downloading the-verdict.txt")
+        show(f"downloading {path}")
         try:
             import requests
 
-            content = requests.get(VERDICT_URL, timeout=(10, 30)).content
+            content = requests.get(VERDICT_URL, timeout=30).content
             if hashlib.sha256(content).hexdigest() != VERDICT_SHA256:
                 raise OSError("the answer is another text")
             with whole_file(path) as file:
                 file.write(content)
         except (OSError, ImportError) as error:
-            other = "taking Python's heapq.py, so the losses will differ from the published ones"
-            warn(f"the-verdict.txt is not here and can't be downloaded ({error}): {other}")
+            warn(f"no {path} ({error}): taking Python's heapq.py, with other losses")
     from_all_ranks(None)  # the others wait
     return path if path.exists() else Path(heapq.__file__)
 
 
 def write_tokens(args) -> int:
-    """Write the ids of texts, however large they are, to a new token file."""
-    target, count = Path(args.write_tokens), 0
+    """Write the ids of texts, of any size, to a new token file."""
+    target, files = Path(args.write_tokens), {}
     if target.exists():
         raise UserError(f"{target} exists: name a file that doesn't")
-    files = list(itertools.chain(*find_files(args.data or [str(default_text())], {})[0]))
+    find_files(args.data or [str(default_text())], files)
     with whole_file(target) as file:
-        for _, ids in encode(text_pieces(files)):
+        for _, ids in encode(text_pieces([*files.values()])):
             file.write(ids)
-            count += len(ids)
-        if not count:
-            raise UserError(f"{files[0]} is empty: name a text with --data")
-    print(f"{target}: {count} tokens of {len(files)} file(s)")
+    print(f"{target}: {target.stat().st_size // 2} tokens of {len(files)} file(s)")
     return 0
 
 
 class WindowBatches(Sampler):
     """The batches of an epoch: lists of window numbers, drawn as `DataLoader(shuffle=True)` does.
 
-    Keeps the order in 8 bytes a window. Of a batch each rank gets its share, or where a last one
-    leaves it without, the number `windows`, which counts nothing. skip_to: where the next pass
-    begins, once, and the random state to go on with from there.
+    Each rank gets its share; where there is none, `windows`, the number of one that counts nothing.
     """
 
     latest = "", 0, 0  # (name, batch, batches), for the status line
 
-    def __init__(self, name, windows, batch_size, shuffle, generator):
-        self.name, self.windows, self.shuffle, self.generator = name, windows, shuffle, generator
-        self.size, self.skip_to = batch_size * world_size(), (0, None)
+    def __init__(self, name, windows, size, shuffle, generator):
+        self.name, self.windows, self.size = name, windows, size
+        self.shuffle, self.generator = shuffle, generator
+        self.skip_to = 0, None  # where the next pass begins, and in which random state
 
     def __len__(self):  # as in the book, training leaves out a last batch that isn't full
         return self.windows // self.size if self.shuffle else math.ceil(self.windows / self.size)
@@ -991,29 +939,26 @@ class WindowBatches(Sampler):
 def make_loaders(args, config, corpus, device):
     """Return loaders to train, to validate, and of all the training part in order."""
     context, batch = config["context_length"], args.batch_size * world_size()
-    # Ranks draw the order of windows from one stream, their dropout masks from different ones.
+    # Ranks draw the order of windows from one stream, dropout masks from others.
     generator = torch.Generator() if world_size() > 1 else torch.default_generator
     nothing = torch.zeros(context).long(), torch.full((context,), IGNORED)
 
     def loader(name, shuffle=False):
-        # Each source has windows of its own, so none straddles two.
         sets = [GPTDatasetV1(ids, None, context, context) for ids in getattr(corpus, name)]
-        windows = ConcatDataset([*sets, [nothing]])
-        batches = WindowBatches(name, len(windows) - 1, args.batch_size, shuffle, generator)
-        pin = device.type == "cuda"
-        return DataLoader(windows, batch_sampler=batches, generator=generator, pin_memory=pin)
+        windows = ConcatDataset([*sets, [nothing]])  # none straddles two sources
+        batches = WindowBatches(name, len(windows) - 1, batch, shuffle, generator)
+        options = {"batch_sampler": batches, "generator": generator}
+        return DataLoader(windows, pin_memory=device.type == "cuda", **options)
 
     loaders = loader("train", shuffle=True), loader("val"), loader("train")
     windows = loaders[0].batch_sampler.windows
     if windows < (1 if args.eval_only else batch):
-        few = f"{sum(map(len, corpus.train))} tokens, {windows} windows of {context}"
-        ways = "use more text, a shorter --context-length, a lower --batch-size or --train-ratio"
-        raise UserError(f"{corpus.name}: {few} to train on, but a batch needs {batch}: {ways}")
+        few = f"{windows} windows of {context} tokens to train on, but a batch needs {batch}"
+        raise UserError(f"{few}: lower --context-length, --batch-size or --train-ratio")
     if len(loaders[1]) == 0:
-        few = f"no window of {context + 1} tokens, so its loss is nan and there is no best.pt"
-        warn(f"the validation part has {few}: lower --context-length or --train-ratio")
+        warn("no window to validate on: lower --context-length or --train-ratio")
     if len({*from_all_ranks(corpus.source["sha256"])}) > 1:
-        raise UserError("the processes see different data: give each node the same files")
+        raise UserError("the nodes have different data: give them the same")
     return loaders
 
 
