@@ -528,7 +528,7 @@ def test_folders_and_token_files_train_alike_and_say_what_they_took(books, capsy
         assert f"Tokens: {len(books)}\n" in outputs[-1]
     for name in ("initial", "train_losses", "val_losses", "final"):
         assert runs[0][name] == runs[1][name] == runs[2][name]
-    assert "3 files, 4 passed over" in outputs[0] and "1 file)" in outputs[1]
+    assert "taken: 3, other files passed over: 4" in outputs[0] and "1 file)" in outputs[1]
     assert f"Characters: {3 * len(TEXT) + 15}\n" in outputs[0]
 
 

@@ -495,7 +495,7 @@ class Output(io.TextIOBase):
 
     def __init__(self, stream):
         self.stream, self.lost = stream, False
-        self.terminal = not getattr(stream, "closed", True) and stream.isatty()
+        self.terminal = not getattr(stream, "closed", True) and getattr(stream, "isatty", bool)()
 
     def write(self, text, status=""):
         if self.lost:
@@ -509,7 +509,7 @@ class Output(io.TextIOBase):
             getattr(self.stream, "flush", bool)()  # somebody's own stream may have none
         except Exception as error:  # whatever a stream raises, printing decides nothing
             self.lost = True
-            with open(os.devnull, "wb") as nowhere, contextlib.suppress(AttributeError, ValueError):
+            with contextlib.suppress(Exception), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())  # else Python's exit fails, too
             name = getattr(self.stream, "name", "output")
             other = sys.stdout if self is sys.stderr else sys.stderr
@@ -580,6 +580,7 @@ def keep_settings(stack) -> None:
     for name in ("float32_matmul_precision", "rng_state", "default_dtype"):
         stack.callback(getattr(torch, f"set_{name}"), getattr(torch, f"get_{name}")())
     torch.set_default_dtype(torch.float32)
+    stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.enable_grad())
     stack.callback(os.environ.update, os.environ.copy())
     os.environ.pop("MPLBACKEND", None)  # nothing here depends on a display
@@ -603,6 +604,7 @@ def limit_memory(stack) -> None:
                     room.append(int((folder / name).read_text()))
         before = resource.getrlimit(resource.RLIMIT_DATA)
         stack.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
+        room += [before[0]] * (before[0] >= 0)  # -1 is no limit
         resource.setrlimit(resource.RLIMIT_DATA, (int(0.99 * min(room)), before[1]))
 
 
@@ -622,13 +624,24 @@ WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # a folder with one of them ho
 FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
 
+class FileOnDisk(io.FileIO):
+    """Frees the system's copy as it is written: 3 times as fast in memory never touched before."""
+
+    def write(self, data):
+        written = super().write(data)
+        if hasattr(os, "posix_fadvise"):  # Linux
+            os.fdatasync(self.fileno())
+            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return written
+
+
 @contextlib.contextmanager
 def whole_file(path: Path):
     """Open a file that takes its name only once whole and on disk; a link stays a link."""
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with io.BufferedWriter(FileOnDisk(temporary, "wb"), 1 << 22) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -666,8 +679,8 @@ def claim(folder: Path, args, stack) -> None:
 
     def tidy():
         with contextlib.suppress(OSError):  # a folder that holds more stays
-            for path in made:
-                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+            for path in made if [*folder.iterdir()] == [file] else ():
+                path.rmdir() if path.is_dir() else path.unlink()
 
     stack.callback(tidy)
     folder.mkdir(parents=True, exist_ok=True)
@@ -680,7 +693,8 @@ def claim(folder: Path, args, stack) -> None:
         warn(f"{folder} can't be locked ({error}): let no other run use it")
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
-        raise UserError(f"{folder} holds a run: --overwrite it or, with a checkpoint.pt, --resume")
+        ways = "go on by --resume, which needs a checkpoint.pt, or replace it by --overwrite"
+        raise UserError(f"{folder} holds a run ({', '.join(found)}): {ways}")
 
 
 def step_log(path: Path, last: int, stack) -> Output:
@@ -706,6 +720,8 @@ PIECE_CHARACTERS = 1 << 16  # of text tokenized at a time
 # digit and a punctuation mark; <|endoftext|> has neither. This matches up to the last such place.
 SAFE_CUT = re.compile(r"(?s).*(?:\S(?=[ \n])|[^\W_](?=[,.;:!?，。、；：！？]))")
 FORMATS = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"PAR1": "Parquet", b"\x93NUMPY": "NumPy"}
+FORMATS |= {b"\x28\xb5\x2f\xfd": "Zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"%PDF-": "PDF"}
+FORMATS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"ARROW1\0": "Arrow"}
 
 
 def find_files(names, taken: dict) -> list:
@@ -715,10 +731,11 @@ def find_files(names, taken: dict) -> list:
         path = Path("/dev/stdin" if name == "-" else name)
         files = [path] if path.exists() else []
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
-            texts = [file for file in inside if file.suffix.lower() == ".txt"]
-            files = [file for file in texts if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            print(f"{name}: {len(files)} files, {len(inside) - len(files)} passed over")
+            inside = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
+            shown = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            texts = [file for file in shown if file.is_file() and file.suffix.lower() == ".txt"]
+            files, others = sorted(texts), len(inside) - len(texts)
+            print(f"{name}: *.txt taken: {len(files)}, other files passed over: {others}")
         if not files:
             raise UserError(f"{name!r} is no file, nor a folder with *.txt: check --data")
         found = {file.stat()[1:3]: file for file in files}  # by inode and device
@@ -831,10 +848,10 @@ def load_token_file(files, ratio):
         ids = torch.frombuffer(bytearray(block + b"\0" * (len(block) % 2)), dtype=torch.uint16)
         largest = max(largest, ids.int().max().item())
     text = len(head) > 64 and not re.search(rb"[\0-\x08\xf5-\xff]", head)
-    problems = {
+    starts = [start for start in FORMATS if len(start) > 3 and head.startswith(start)]
+    problems = {f"the head of {FORMATS[start]}, no uint16 ids": True for start in starts} | {
         f"{size} bytes: no row of uint16 ids": count < 1 or size % 2,
         f"a header that announces {header}, not {[1, count]}": first and header != [1, count],
-        "NumPy's header: write it by tofile": head.startswith(b"\x93NUMPY"),
         "the bytes of a text: name it *.txt": text,
         "uint32 or int64 ids: write uint16": largest and not any(head[2::4] + head[3::4]),
         f"ids up to {largest}, but GPT-2's end with 50256": largest > 50256,
@@ -867,8 +884,8 @@ def load_corpus(args):
     name = f"{', '.join(names + val_names)} ({len(files)} file{'s' * (len(files) > 1)})"
     counts = {"characters": sum(characters), "tokens": sum(tokens)}
     sha256 = repr((hashes, [*map(len, train)]))  # where it is cut, too
-    source = {"data": names, "val_data": val_names, "train_ratio": args.train_ratio}
-    source |= {"folder": os.getcwd(), "sha256": sha256}
+    data, val_data = [[*map(os.path.abspath, paths)] for paths in (names, val_names)]
+    source = {"data": data, "val_data": val_data, "train_ratio": args.train_ratio, "sha256": sha256}
     return argparse.Namespace(name=name, train=train, val=val, source=source, **counts)
 
 
@@ -1208,7 +1225,7 @@ def to_hf(name: str, weight):
     transposed = name.startswith("trf_blocks.") and weight.dim() == 2
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs)
-    return name, weight.T if transposed else weight
+    return name, weight.T.contiguous() if transposed else weight
 
 
 def load_hf(folder: Path) -> dict:
@@ -1218,13 +1235,13 @@ def load_hf(folder: Path) -> dict:
     """
     from safetensors.torch import load_file
 
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    theirs = {"resid_pdrop": 0.1} | json.loads((folder / "config.json").read_text("utf-8"))
     config = {ours: theirs[name] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
     config["qkv_bias"] = True
     fixed = HF_FIXED | dict.fromkeys(HF_DROPS, config["drop_rate"])
+    same = {"n_inner": 4 * config["emb_dim"], "activation_function": "gelu_pytorch_tanh"}
     for name, wanted in fixed.items():
-        value = theirs.get(name, wanted)
-        if value != wanted and (name, value) != ("n_inner", 4 * config["emb_dim"]):
+        if (value := theirs.get(name, wanted)) not in (wanted, same.get(name, wanted)):
             raise ValueError(f"{name} is {value!r}, this model has {wanted!r}")
     shards, state = ["model.safetensors"], {}
     for name in ("pytorch_model.bin", "model.safetensors"):  # the latter first, as in transformers
@@ -1242,10 +1259,12 @@ def load_hf(folder: Path) -> dict:
         weights = GPTModel(config).state_dict()
     for ours, weight in weights.items():
         name, like = to_hf(ours, weight)
-        weight = state[name.removeprefix("transformer.")]
+        weight = state.pop(name.removeprefix("transformer."))
         if weight.shape != like.shape:
             raise ValueError(f"{name} is {[*weight.shape]}, this model has {[*like.shape]}")
         _, weights[ours] = to_hf(ours, weight)
+    if more := [name for name in state if not re.search(r"\.attn\.(masked_)?bias$", name)]:
+        raise ValueError(f"this model has no {more[0]}")  # nor old versions' causal masks
     return {"config": config, "model": weights}
 
 
@@ -1295,7 +1314,7 @@ MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
 }
 MODES = {  # what to do, and the flags and groups of flags that then have a meaning
     "--sample": "checkpoint out_dir device dtype seed max_new_tokens temperature top_k",
-    "--eval-only": "checkpoint out_dir device dtype batch_size data",
+    "--eval-only": "checkpoint out_dir device dtype batch_size data val_data train_ratio",
     "--export-hf": "checkpoint out_dir",
     "--write-tokens": "data",
     "training": "Run Folder Model Training",
@@ -1396,8 +1415,8 @@ def parse_arguments(argv, stack):
             words[-1] += f"={word}"  # a value may begin with a dash
         else:
             words.append(word)
-    if any(re.fullmatch("(--[a-z-]+=)?", word) for word in words):
-        raise UserError("a flag's value is empty")
+    if empty := [word for word in words if re.fullmatch("(--[a-z-]+=)?", word)]:
+        raise UserError(f"{empty[0] or 'a value'} is empty: name something, or leave it out")
     args = parser.parse_args(words)
     names = [word.partition("=")[0] for word in words]
     given = {flags[name].dest: name for name in names if name in flags}
@@ -1434,6 +1453,8 @@ def check_meaning(args, given, group_of) -> None:
         raise UserError("--temperature is out of range: 0, or from 0.001 on")
     if args.top_k and not args.temperature:
         raise UserError("--top-k means nothing at --temperature 0")
+    if args.eval_only and not args.data and given.keys() & {"val_data", "train_ratio"}:
+        raise UserError("--val-data or --train-ratio means nothing without --data")
     if args.fsdp and not dist.is_initialized():
         raise UserError("--fsdp needs several processes: start with torchrun")
     if (args.min_lr or 0) > args.lr:
@@ -1449,7 +1470,8 @@ def first_model(args):
     for name, size in sizes.items() if theirs else ():
         free = name == "drop_rate" or (name == "context_length" and size < config[name])
         if size != config[name] and not free:
-            raise UserError(f"--{name} is {config[name]} in --init-from".replace("_", "-"))
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {config[name]} in {args.init_from}, not {size}: omit it")
     config = config | sizes
     if config["emb_dim"] % config["n_heads"]:
         raise UserError("--emb-dim must be divisible by --n-heads")
@@ -1554,9 +1576,11 @@ def prepare(args, kept, checkpoint, device):
     run.progress, run.losses, run.random, run.best, run.next_best = Progress(), {}, {}, {}, 0.0
 
     parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"Device: {device}, {dtype}; model: {parameters:,} parameters")
+    ranks = f", {world_size()} processes" if world_size() > 1 else ""
+    print(f"Device: {device}, {dtype}{ranks}; model: {parameters:,} parameters")
     print(f"Text: {run.corpus.name}")
-    print(f"Characters: {run.corpus.characters or 'unknown'}")
+    if run.corpus.characters:
+        print(f"Characters: {run.corpus.characters}")
     print(f"Tokens: {run.corpus.tokens}")
     train, val, _ = map(len, run.loaders)
     shape = args.batch_size, run.config["context_length"]
@@ -1643,6 +1667,8 @@ def train_steps(run, folder, stop, log) -> int:
 
 def finish(run, folder) -> None:
     """Save each file by itself, weights first, and draw. Raises UserError for what is missing."""
+    import tempfile
+
     show(f"saving to {folder}")
     weights = weights_of(run)
     done = {"model.pt": save(folder / "model.pt", weights)}
@@ -1651,12 +1677,13 @@ def finish(run, folder) -> None:
     done["checkpoint.pt"] = save(folder / "checkpoint.pt", checkpoint_of(run, weights))
     if run.draws:
         _, *columns = zip(*run.progress.history)
-        paths = [folder / f".{name}" for name in FIGURES[2:]]
         try:
-            plot_losses(*columns, paths=paths, show=False)
-            for path in paths:
-                path.replace(folder / path.name[1:])
-        except Exception as error:  # whatever matplotlib raises
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
+                paths = [Path(work, name) for name in FIGURES[2:]]
+                plot_losses(*columns, paths=paths, show=False)
+                for path in paths:
+                    path.replace(folder / path.name)
+        except Exception as error:  # whatever matplotlib raises, or a full disk
             warn(f"the plot can't be drawn ({error})")
     if missing := [name for name in done if not done[name]]:
         raise UserError(shortfall(folder, missing))
@@ -1684,11 +1711,13 @@ def tell(run, argv, folder) -> None:
     if "final" in losses:
         way = "To train on"
         more += f" --max-steps {2 * progress.step + 2} --epochs {2 * progress.epoch + 2}"
-        change = "Losses: training {:.3f}, validation {:.3f} -> {:.3f}, {:.3f}"
-        print(change.format(*losses["initial"], *losses["final"]))
+        (train_then, val_then), (train, val) = losses["initial"], losses["final"]
+        print(f"Training loss: {train_then:.3f} -> {train:.3f}")
+        print(f"Validation loss: {val_then:.3f} -> {val:.3f}")
         best = losses.get("best", [math.inf])[0]
-        if losses["final"][1] > 1.01 * best:
-            print(f"Validation got worse: best.pt has the weights of {best:.3f}")
+        if val > 1.01 * best and train < train_then:
+            worse = f"Validation got worse, from {best:.3f} to {val:.3f}, while training got better"
+            print(f"{worse}: best.pt has the weights of the lowest validation loss")
     files = [folder / name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
     sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
     print(f"Files in {folder}: {', '.join(sizes)}")
@@ -1716,7 +1745,10 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
             raise UserError(f"checkpoint.pt isn't whole ({error}): use --overwrite") from None
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {run.progress.step:06d}")
-        save_evaluation(run, folder)  # a kill may have come before
+        if not from_all_ranks((folder / "best.pt").exists())[0]:  # it is made again
+            run.losses.pop("best", None)
+        if run.progress.history[-1][0] == run.progress.step:
+            save_evaluation(run, folder)  # a kill may have come before
     else:
         train, _, whole = run.loaders  # in the book's order if that has all
         run.losses["initial"] = measure(run, train if len(train) == len(whole) else whole)
@@ -1746,11 +1778,11 @@ def shortfall(folder, missing) -> str:
     return f"{lost}; whole: {', '.join(whole) or 'none'}: make room, then {way}"
 
 
-SHORT = "MemoryError|out of memory|allocate memory|enough memory|bad_alloc"
 REMEDIES = {  # by what the classes or the text of an error say
+    "MemoryError|out of memory|allocate memory|enough memory|bad_alloc": "too little memory: "
+    "a lower --batch-size, a shorter --context-length, --recompute or a smaller model may help",
     "OSError": "check the path, its permissions, the free space and the network",
     "ImportError": "pip install -r requirements.txt",
-    SHORT: "too little memory: lower --batch-size or --context-length, or try --recompute",
     r"torch\._(dynamo|inductor)": "--compile doesn't work here: leave it out",
     "gloo|NCCL|[Cc]onnection|[Ss]ocket": "another process ended: see its message, then --resume",
 }
@@ -1794,7 +1826,7 @@ def main(argv=None) -> int:
             fitting = [remedy for words, remedy in REMEDIES.items() if re.search(words, said)]
             if not fitting:
                 raise
-            message = f"{fitting[0]} ({error})"
+            message = f"{str(error) or type(error).__name__}: {fitting[0]}"
         if rank() > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(15)  # torchrun ends this process now if rank 0, too, failed and said so
