@@ -715,10 +715,10 @@ def step_log(path: Path, last: int, stack) -> Output:
 VERDICT_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
 VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
-PIECE_CHARACTERS = 1 << 16  # of text tokenized at a time
-# GPT-2's pattern always ends a token between something visible and a space, and between a letter or
-# digit and a punctuation mark; <|endoftext|> has neither. This matches up to the last such place.
-SAFE_CUT = re.compile(r"(?s).*(?:\S(?=[ \n])|[^\W_](?=[,.;:!?，。、；：！？]))")
+PIECE_CHARACTERS = 1 << 18  # of text tokenized at a time
+# GPT-2's pattern always ends a token between something visible and a space, and between these
+# letters or digits and a punctuation mark; <|endoftext|> has neither. Up to the last such place:
+SAFE_CUT = re.compile(r"(?s).*(?:\S(?=[ \n])|[a-zA-Z0-9ぁ-ゖ一-龥](?=[,.;:!?，。、；：！？]))")
 FORMATS = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"PAR1": "Parquet", b"\x93NUMPY": "NumPy"}
 FORMATS |= {b"\x28\xb5\x2f\xfd": "Zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"%PDF-": "PDF"}
 FORMATS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"ARROW1\0": "Arrow"}
@@ -783,7 +783,7 @@ def encode(pieces):
     tokenizers = itertools.cycle([copy.copy(get_tokenizer()) for _ in range(cores)])
     with ThreadPoolExecutor(cores) as pool:
         try:
-            while some := list(itertools.islice(pieces, 16 * cores)):
+            while some := list(itertools.islice(pieces, 64 * cores)):
                 yield from pool.map(work, some, tokenizers)
         except ValueError as error:
             raise UserError(f"tiktoken can't encode such long runs of blanks ({error})") from None
@@ -1710,7 +1710,8 @@ def tell(run, argv, folder) -> None:
     way, more = f"Stopped after step {progress.step:06d}; to go on", "--resume"
     if "final" in losses:
         way = "To train on"
-        more += f" --max-steps {2 * progress.step + 2} --epochs {2 * progress.epoch + 2}"
+        more += f" --max-steps {2 * progress.step + 2}"
+        more += f" --epochs {2 * progress.epoch + 2}" if run.args.epochs else ""
         (train_then, val_then), (train, val) = losses["initial"], losses["final"]
         print(f"Training loss: {train_then:.3f} -> {train:.3f}")
         print(f"Validation loss: {val_then:.3f} -> {val:.3f}")
