@@ -1110,7 +1110,7 @@ def learning_rate(args, steps, step) -> float:
     return lowest + (args.lr - lowest) * (1 + math.cos(math.pi * done)) / 2
 
 
-# ------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 DAMAGE = RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError
 
 
@@ -1213,7 +1213,7 @@ def load_model(path: Path):
         raise UserError(f"{path} can't be used as a model ({kind}: {error})") from None
 
 
-# ----------------------------------------------------------------------------- Hugging Face's form
+# ------------------------------------------------------------------------------ Hugging Face's form
 HF_NAMES = {  # this file's names and theirs
     "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
     "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.out_proj": "attn.c_proj",
@@ -1313,7 +1313,7 @@ def export_hf(args) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
     "gpt2-small": {},
     "gpt2-medium": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
@@ -1534,7 +1534,7 @@ def evaluate(args, device) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------- a whole run
 CALMER = "start anew with a lower --lr or --grad-clip 1"
 
 
