@@ -1848,7 +1848,9 @@ def main(argv=None) -> int:
             fitting = [remedy for words, remedy in REMEDIES.items() if re.search(words, said)]
             if not fitting:
                 raise
-            message = f"{str(error) or type(error).__name__}: {fitting[0]}"
+            message = f"{fitting[0]} ({type(error).__name__}: {error})"
+            if isinstance(error, OSError):
+                message = f"{error}: {fitting[0]}"
         if rank() > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(15)  # torchrun ends this process now if rank 0, too, failed and said so
