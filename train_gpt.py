@@ -740,7 +740,7 @@ def find_files(names, taken: dict) -> list:
             texts = [file for file in shown if file.is_file() and file.suffix.lower() == ".txt"]
             files = sorted(texts)
         if not files:
-            raise UserError(f"{name!r} is no file, nor one with *.txt: check --data, --val-data")
+            raise UserError(f"{name!r} is no file or folder of *.txt: check --data, --val-data")
         found = {file.stat()[1:3]: file for file in files}  # by inode and device
         if new := [found[identity] for identity in found if identity not in taken]:
             sources.append(new)
