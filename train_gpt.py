@@ -666,7 +666,7 @@ def save(path: Path, content) -> bool:
             cause = cause.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        warn(f"{path} can't be saved, an old one is kept ({cause})")
+        warn(f"{path} can't be saved, what was there stays ({cause})")
         return False
     return True
 
@@ -886,9 +886,9 @@ def load_corpus(args):
         raise UserError("--val-data repeats --data: name other data")
     name = f"{', '.join(names + val_names)} ({len(files)} file{'s' * (len(files) > 1)})"
     counts = {"characters": sum(characters), "tokens": sum(tokens)}
-    sha256 = repr((hashes, [*map(len, train)]))  # where it is cut, too
-    data, val_data = [[*map(os.path.abspath, paths)] for paths in (names, val_names)]
-    source = {"data": data, "val_data": val_data, "train_ratio": args.train_ratio, "sha256": sha256}
+    places = [[n if n == "-" else os.path.abspath(n) for n in some] for some in (names, val_names)]
+    source = {"data": places[0], "val_data": places[1], "train_ratio": args.train_ratio}
+    source["sha256"] = repr((hashes, [*map(len, train)]))  # where it is cut, too
     return argparse.Namespace(name=name, train=train, val=val, source=source, **counts)
 
 
@@ -1003,12 +1003,13 @@ def from_all_ranks(value) -> list:
 
 def join_ranks() -> None:
     """Meet the other processes that torchrun, or its like, started. Raises UserError."""
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    names = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if names <= os.environ.keys() and not dist.is_initialized():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         except (ValueError, RuntimeError) as error:
             raise UserError(f"processes can't meet ({error}): check MASTER_ADDR") from None
-        sys.stdout.lost |= rank() > 0
+    sys.stdout.lost |= rank() > 0
 
 
 def choose_device(name: str) -> torch.device:
@@ -1109,6 +1110,7 @@ def learning_rate(args, steps, step) -> float:
 
 # -------------------------------------------------------------------------------------- checkpoints
 DAMAGE = RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError
+NO_MEMORY = "MemoryError|out of memory|allocate memory|enough memory|bad_alloc"  # as errors say it
 
 
 def state_dicts():
@@ -1159,8 +1161,8 @@ def restore(run, content) -> None:
     if (ranks := len(content["random"])) != world_size():
         raise UserError(f"{ranks} processes wrote the checkpoint: start {ranks} to resume")
     dcp, whole = state_dicts()
-    optimizer = dict(content["optimizer"])  # None would be taken for nothing
-    dcp.set_model_state_dict(run.model, content["model"], options=whole)
+    optimizer = dict(content.pop("optimizer"))  # None would be taken for nothing
+    dcp.set_model_state_dict(run.model, content.pop("model"), options=whole)
     dcp.set_optimizer_state_dict(run.model, run.optimizers, optimizer, options=whole)
     run.scaler.load_state_dict(content["scaler"])
     run.progress, run.losses = Progress(**content["progress"]), content["losses"]
@@ -1203,9 +1205,9 @@ def load_model(path: Path):
         raise UserError(f"there is no model ({error}): check --checkpoint or --out-dir") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it holds code, or no tensors") from None
-    except MemoryError:
-        raise
     except Exception as error:  # whatever another file than ours may raise
+        if re.search(NO_MEMORY, repr(error)):
+            raise
         kind = type(error).__name__
         raise UserError(f"{path} can't be used as a model ({kind}: {error})") from None
 
@@ -1416,8 +1418,10 @@ def parse_arguments(argv, stack):
     def error(message):
         typed = re.search("(?:choice: '|arguments: )([^' =]+)", message)
         known = re.findall(r"[\w-]+", message.partition("choose from")[2]) or flags
-        near = difflib.get_close_matches(typed[1], known, 1, 0.5) if typed else []
-        raise UserError(message + "".join(f"; did you mean {name}?" for name in near))
+        word = typed[1] if typed else "?"
+        near = [name for name in known if name.startswith(word)]
+        near += difflib.get_close_matches(word, known, 1, 0.65)
+        raise UserError(message + "".join(f"; did you mean {name}?" for name in near[:1]))
 
     parser.error = error
     for word in argv:
@@ -1742,7 +1746,7 @@ def tell(run, argv, folder) -> None:
     sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
     print(f"Files in {folder}: {', '.join(sizes)}")
     script = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
-    if Path(*script[-1:]).stem != Path(__file__).stem:
+    if [*script[-1:], *argv] != sys.argv:
         script = ["python", "train_gpt.py"]  # in a notebook, say
     here = shlex.join([*script, "--out-dir", str(folder)])
     print(f"To sample from it: {here} --sample {shlex.quote(run.args.start_context)}")
@@ -1762,6 +1766,8 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
         try:
             restore(run, checkpoint)
         except DAMAGE as error:
+            if re.search(NO_MEMORY, repr(error)):
+                raise
             raise UserError(f"checkpoint.pt isn't whole ({error}): use --overwrite") from None
         remeasured = checkpoint["settings"].get("eval_iter") != args.eval_iter
         checkpoint.clear()  # 12 bytes a parameter
@@ -1798,7 +1804,7 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
 
 def shortfall(folder, missing) -> str:
     """Say which files are missing, which are whole, and what goes on from these."""
-    found = [name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
+    found = [name for name in WEIGHTS if (folder / name).exists()]
     whole = ", ".join(name for name in found if name not in missing) or "none"
     older = ", ".join(name for name in found if name in missing) or "none"
     way = "--resume" if "checkpoint.pt" in found else "start anew, or --init-from whole weights"
@@ -1807,8 +1813,7 @@ def shortfall(folder, missing) -> str:
 
 
 REMEDIES = {  # by what the classes or the text of an error say
-    "MemoryError|out of memory|allocate memory|enough memory|bad_alloc": "too little memory: "
-    "a lower --batch-size, a shorter --context-length, --recompute or a smaller model may help",
+    NO_MEMORY: "too little memory: a lower --batch-size, --context-length or --recompute may help",
     "OSError": "check the path, its permissions, the free space and the network",
     "ImportError": "pip install -r requirements.txt",
     r"torch\._(dynamo|inductor)": "--compile doesn't work here: leave it out",
@@ -1827,23 +1832,19 @@ def main(argv=None) -> int:
         try:
             join_ranks()  # first, since torch doesn't look for signals while it waits
             stop = catch_signals(stack)
+            if not torch.cuda.is_available():
+                limit_memory(stack)
+                keep_freed_memory()
             args, kept, checkpoint = parse_arguments(argv, stack)
             if args.write_tokens:
                 return write_tokens(args)
             if args.export_hf:
                 return export_hf(args)
             device = choose_device(args.device)
-            if device.type == "cpu":
-                limit_memory(stack)
-                keep_freed_memory()
             if args.sample is not None:
                 return sample(args, device)
             run = args, kept, argv, checkpoint, device, stack, stop
-            status = evaluate(args, device) if args.eval_only else pretrain(*run)
-            if dist.is_initialized():
-                dist.barrier()
-                os._exit(status)  # at an orderly exit, threads of torch's now and then abort a rank
-            return status
+            return evaluate(args, device) if args.eval_only else pretrain(*run)
         except KeyboardInterrupt:
             print("train_gpt: ended at once; what was saved before is whole", file=sys.stderr)
             return 128 + (stop.signal or signal.SIGINT)
@@ -1865,4 +1866,8 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if dist.is_initialized():
+        dist.barrier()
+        os._exit(exit_status)  # at an orderly exit, threads of torch's now and then abort a rank
+    sys.exit(exit_status)
