@@ -1818,7 +1818,9 @@ def main(argv=None) -> int:
             if args.sample is not None:
                 return sample(args, device)
             run = args, kept, argv, checkpoint, device, stack, stop
-            return evaluate(args, device) if args.eval_only else pretrain(*run)
+            status = evaluate(args, device) if args.eval_only else pretrain(*run)
+            from_all_ranks(None)  # none leaves while another one still works
+            return status
         except KeyboardInterrupt:
             print("train_gpt: ended at once; what was saved before is whole", file=sys.stderr)
             return 128 + (stop.signal or signal.SIGINT)
@@ -1842,6 +1844,5 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     exit_status = main()
     if dist.is_initialized():
-        dist.barrier()
         os._exit(exit_status)  # at an orderly exit, threads of torch's now and then abort a rank
     sys.exit(exit_status)
