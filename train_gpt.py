@@ -14,7 +14,6 @@ losses. Cut off there, it runs by itself. Below: texts, ranks, checkpoints, weig
 
 import argparse
 import contextlib
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -31,7 +30,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -559,6 +557,8 @@ def catch_signals(stop, stack) -> None:
 
 def keep_settings(stack) -> None:
     """Work with torch's own settings, put the caller's back; let no warning end the run."""
+    import warnings
+
     for name in ("float32_matmul_precision", "rng_state", "default_dtype"):
         stack.callback(getattr(torch, f"set_{name}"), getattr(torch, f"get_{name}")())
     torch.set_default_dtype(torch.float32)
@@ -1390,6 +1390,8 @@ def parse_arguments(argv, stack):
     group_of = {action.dest: action.container.title for action in flags.values()}
 
     def error(message):
+        import difflib
+
         typed = re.search("(?:choice: '|arguments: )([^' =]+)", message)
         known = re.findall(r"[\w-]+", message.partition("choose from")[2]) or flags
         word = typed[1] if typed else "?"
