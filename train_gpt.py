@@ -1330,6 +1330,7 @@ def build_parser() -> argparse.ArgumentParser:
     rate, positive = numbers(float, 0, 1e30), numbers(float, 1e-30, 1e30)
     path = {"type": os.path.expanduser, "metavar": "PATH"}
     paths, switch = path | {"nargs": "+", "action": "extend"}, {"action": "store_true"}
+    either = {"action": argparse.BooleanOptionalAction}  # a resumed run may turn it off
 
     def add(flag, text, default=None, **kind):
         text += f" (default: {default})" * bool(default)
@@ -1345,9 +1346,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--start-context", "what printed samples continue", "Every effort moves you")
     add("--checkpoint-every", "steps between checkpoints (default: 2 minutes)", **size)
     add("--device", "cpu, cuda, cuda:N, mps or auto", "auto")
-    add("--compile", "compile the model", False, **switch)
-    add("--recompute", "compute activations twice: less memory", False, **switch)
-    add("--fsdp", "under torchrun: shard weights and optimizer", False, **switch)
+    add("--compile", "compile the model", **either)
+    add("--recompute", "compute activations twice: less memory", **either)
+    add("--fsdp", "under torchrun: shard weights and optimizer", **either)
     group = parser.add_argument_group("Folder")
     add("--out-dir", "folder for all that is written", "out", **path)
     add("--resume", "go on with the run in --out-dir, if any", False, **switch)
@@ -1417,7 +1418,7 @@ def parse_arguments(argv, stack):
         claim(path.parent, args, stack)  # before it is read: its run may be ending now
     if args.resume and path.exists():
         content = load_model(path)[0]
-        if not isinstance(content.get("settings"), dict):
+        if not all(isinstance(content.get(name), dict) for name in ("settings", "source")):
             raise UserError(f"{path} holds weights alone: it can't be resumed")
     if len({*from_all_ranks(str(content.get("progress")))}) > 1:
         raise UserError("the processes see different checkpoints: share one --out-dir")
@@ -1500,7 +1501,7 @@ def evaluate(args, device) -> None:
     autocast = choose_precision(device, args.dtype)[1]
     content, model = named_model(args)
     own = None if args.data else content.get("source")
-    if not args.data and not own:
+    if not args.data and not (isinstance(own, dict) and "sha256" in own):
         raise UserError("the model names no text of its own: name one with --data")
     corpus = load_corpus(argparse.Namespace(**own) if own else args)
     if own and own["sha256"] != corpus.source["sha256"]:
@@ -1772,7 +1773,7 @@ REMEDIES = {  # by what the classes or the text of an error say
     NO_MEMORY: "too little memory: a lower --batch-size, --context-length or --recompute may help",
     "OSError": "check the path, its permissions, the free space and the network",
     "ImportError": "pip install -r requirements.txt",
-    r"torch\._(dynamo|inductor)": "--compile doesn't work here: leave it out",
+    r"torch\._(dynamo|inductor)": "--compile doesn't work here: leave it out or use --no-compile",
     "gloo|NCCL|[Cc]onnection|[Ss]ocket": "another process ended: see its message, then --resume",
 }
 
