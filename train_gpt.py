@@ -450,7 +450,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.utils.data import ConcatDataset, Sampler, Subset, default_collate
+from torch.utils.data import ConcatDataset, Subset, default_collate
 from tqdm import tqdm
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
@@ -697,27 +697,29 @@ def default_text() -> str:
 
 
 # ------------------------------------------------------------------------------------------ batches
-class WindowBatches(Sampler):
-    """Lists of the numbers of windows, this rank's share of each batch of an epoch.
+class WindowBatches:
+    """This rank's share of the batches of an epoch, in the order that the book's DataLoader draws.
 
-    Drawn as `DataLoader(shuffle=True, drop_last=True)` does. skip_to: where the next pass begins,
-    a number of batches and a random state.
+    skip_to: where the next pass begins, a number of batches and a random state.
     """
 
     def __init__(self, windows, size, generator):
         self.windows, self.size, self.generator, self.skip_to = windows, size, generator, (0, None)
 
     def __len__(self):
-        return self.windows // self.size
+        return len(self.windows) // self.size
 
     def __iter__(self):
-        seed = torch.empty((), dtype=torch.int64).random_(generator=self.generator).item()
-        order = torch.randperm(self.windows, generator=torch.Generator().manual_seed(seed))
+        for _ in range(2):  # DataLoader's own seed, then its sampler's
+            seed = torch.empty((), dtype=torch.int64).random_(generator=self.generator).item()
+        order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(seed))
         (first, state), self.skip_to = self.skip_to, (0, None)
         if state is not None:
             self.generator.set_state(state)
         for number in range(first, len(self)):
-            yield order[number * self.size : (number + 1) * self.size][RANK::RANKS].tolist()
+            mine = order[number * self.size : (number + 1) * self.size][RANK::RANKS]
+            batch = default_collate([self.windows[i] for i in mine])
+            yield [part.pin_memory() for part in batch] if torch.cuda.is_available() else batch
 
 
 def spread_batches(windows, size, most):
@@ -819,8 +821,9 @@ def learning_rate(args, step) -> float:
 
 # -------------------------------------------------------------------------------------- checkpoints
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-KEPT = "history", "losses", "seconds"
+KEPT = "history", "losses", "rows"
 CALMER = "start anew with a lower --lr, or with --grad-clip 1"
+ROW = "step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"
 START_CONTEXT = "Every effort moves you"  # the book's
 
 
@@ -842,7 +845,9 @@ def weights_of(run) -> dict:
 
 
 def save_checkpoint(run, weights) -> bool:
-    """Save all that decides how a run goes on, as tensors and plain values."""
+    """Save steps.csv, and all that decides how a run goes on, as tensors and plain values."""
+    lines = "\n".join(",".join(map(str, row)) for row in (ROW, *run.rows))
+    save(run.folder / "steps.csv", lambda path: path.write_text(lines + "\n"))
     content = weights | {name: vars(run)[name] for name in ("settings", *KEPT)}
     content["optimizer"] = dcp.get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE)
     content |= {"scaler": run.scaler.state_dict(), "progress": vars(run.progress)}
@@ -862,14 +867,14 @@ def restore(run, content) -> None:
         dcp.set_optimizer_state_dict(run.model, run.optimizers, optimizer, options=WHOLE)
     run.scaler.load_state_dict(content["scaler"])
     run.progress = Progress(**content["progress"])
-    run.history, run.losses, run.seconds = (content[name] for name in KEPT)
+    run.history, run.losses, run.rows = (content[name] for name in KEPT)
     run.losses.pop("final", None)  # of fewer steps
     torch.set_rng_state(run.random["cpu"])
     if "device" in run.random:
         getattr(torch, run.device.type).set_rng_state(run.random["device"])
     run.train_loader.generator.set_state(run.random["epoch"])
     if run.progress.batch:  # draw the interrupted epoch's order again, then go on from here
-        run.train_loader.batch_sampler.skip_to = run.progress.batch, run.random["loader"]
+        run.train_loader.skip_to = run.progress.batch, run.random["loader"]
 
 
 def load_model(name: str):
@@ -1075,15 +1080,13 @@ def make_loaders(run) -> None:
         raise UserError(f"{few}: more text, or lower --context-length, --batch-size")
     # Ranks draw the order of windows from one stream, dropout masks from others.
     generator = torch.Generator() if RANKS > 1 else torch.default_generator
-    batches, pin = WindowBatches(len(windows), size, generator), run.device.type == "cuda"
-    options = {"generator": generator, "pin_memory": pin}
-    run.train_loader = DataLoader(windows, batch_sampler=batches, **options)
-    make_plan(args, len(batches))
+    run.train_loader = WindowBatches(windows, size, generator)
+    make_plan(args, len(run.train_loader))
     val = spread_batches(val_windows, size, args.eval_iter)
     run.val_loader = DataLoader(val, batch_size=None, generator=generator)
-    whole = Subset(windows, range(len(batches) * size))  # as while training, no partial batch
+    whole = Subset(windows, range(len(run.train_loader) * size))  # no partial batch
     run.measured = spread_batches(whole, size, max(50, args.eval_iter)), val
-    run.found = len(batches), math.ceil(len(val_windows) / size)
+    run.found = len(run.train_loader), math.ceil(len(val_windows) / size)
     if not val:
         warn("no window to validate on: lower --context-length or --train-ratio")
 
@@ -1091,7 +1094,7 @@ def make_loaders(run) -> None:
 def prepare(args, content, folder):
     """Return all that a run needs; print what it is."""
     run = argparse.Namespace(args=args, folder=folder, progress=Progress(), random={})
-    run.history, run.losses, run.seconds = [], {}, 0.0
+    run.history, run.losses, run.rows = [], {}, []
     run.device, run.autocast, run.scaler = choose_device(args)
     run.config, weights = (content["config"], None) if content else first_model(args)
     own = content.get("source") or {"data": args.data or [default_text()], "val_data": []}
@@ -1173,26 +1176,18 @@ def meet(loss, asked, due):
     return every[:, 0].mean().item(), int(every[:, 1].max()), bool(every[0, 2])
 
 
-def train_steps(run, log, stop) -> int:
+def train_steps(run, stop) -> int:
     """Train, and do what a long run needs between steps; return the signal that ended it, or 0."""
     args, progress, every = run.args, run.progress, run.args.checkpoint_every
     rate_of, next_save = functools.partial(learning_rate, args), time.monotonic() + 120
-    steps = train(
-        run.model,
-        run.train_loader,
-        run.optimizers,
-        run.device,
-        num_epochs=args.steps,  # as many epochs as steps never end too early
-        progress=progress,
-        learning_rate=rate_of,
-        grad_accum_steps=args.grad_accum_steps,
-        grad_clip=args.grad_clip,
-        autocast=run.autocast,
-        scaler=run.scaler,
-        loss_of=torch.compile(calc_loss_batch) if args.compile else calc_loss_batch,
-    )
-    done, asked = bar(total=args.steps, initial=progress.step + 1, desc="training"), 0
-    for step in range(progress.step + 1, args.steps):
+    options = {"learning_rate": rate_of, "grad_accum_steps": args.grad_accum_steps}
+    options |= {"grad_clip": args.grad_clip, "autocast": run.autocast, "scaler": run.scaler}
+    options |= {"loss_of": torch.compile(calc_loss_batch)} if args.compile else {}
+    # As many epochs as steps never end too early.
+    loop = run.model, run.train_loader, run.optimizers, run.device, args.steps
+    steps, first = train(*loop, progress=progress, **options), progress.step + 1
+    done, asked = bar(total=args.steps, initial=first, desc="training"), 0
+    for step in range(first, args.steps):
         start, seen, last = time.perf_counter(), progress.tokens_seen, step == args.steps - 1
         loss = next(steps)
         took = time.perf_counter() - start
@@ -1200,12 +1195,8 @@ def train_steps(run, log, stop) -> int:
         loss, asked, due = meet(loss, stop.signal, due)
         if not math.isfinite(loss):
             raise UserError(f"the loss at step {step} is {loss}: {CALMER}")
-        run.seconds += took
-        row = step, progress.tokens_seen, loss, rate_of(step), progress.grad_norm, run.seconds
-        try:
-            log.write(",".join(map(str, row)) + "\n")
-        except OSError as error:
-            warn(f"step {step} is missing in steps.csv: {error.strerror}")
+        row = step, progress.tokens_seen, loss, rate_of(step), progress.grad_norm, took
+        run.rows.append(row)
         speed = f"{(progress.tokens_seen - seen) / took:,.0f} tokens/s"
         done.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         done.update()
@@ -1242,12 +1233,13 @@ def draw(run) -> None:
 def finish(run) -> None:
     """Save all, weights first, draw, and print the files and the command that goes on."""
     args, folder, weights = run.args, run.folder, weights_of(run)
-    done = {"model.pt": save(folder / "model.pt", weights)}
+    saved = save(folder / "model.pt", weights), save_checkpoint(run, weights)
     save_evaluation(run)
-    done["checkpoint.pt"] = save_checkpoint(run, weights)
     draw(run)
-    if lost := [name for name, saved in done.items() if not saved]:
-        raise UserError(f"{', '.join(lost)} can't be saved in {folder}: make room, then --resume")
+    if not all(saved):
+        raise UserError(
+            f"model.pt or checkpoint.pt can't be saved: make room in {folder}, --resume"
+        )
     files = [folder / name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
     sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
     say(f"Files in {folder}: {', '.join(sizes)}")
@@ -1287,12 +1279,7 @@ def pretrain(args, again, stop, stack) -> None:
     stop.at_once = False
     for name in (*WEIGHTS, *FIGURES) if args.overwrite and RANK == 0 else ():
         Path(os.path.realpath(folder / name)).unlink(missing_ok=True)  # a link stays one
-    table, head = folder / "steps.csv", "step,tokens,loss,learning_rate,grad_norm,seconds\n"
-    rows = table.read_text().splitlines(keepends=True)[1:] if table.exists() else []
-    rows = [row for row in rows if int(row.split(",")[0]) <= run.progress.step and row[-1] == "\n"]
-    save(table, lambda path: path.write_text(head + "".join(rows)))
-    with open(os.devnull if RANK else table, "a", buffering=1) as log:
-        stop.signal = train_steps(run, log, stop) or stop.signal
+    stop.signal = train_steps(run, stop) or stop.signal
     if run.progress.step + 1 >= args.steps:
         run.losses["final"] = measure(run, "Final ")
     finish(run)
