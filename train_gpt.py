@@ -264,6 +264,8 @@ def train(
         model.train()
         batches_left = iter(train_loader)
         batches = list(itertools.islice(batches_left, grad_accum_steps))
+        if not batches:
+            raise ValueError("train_loader is empty, or an iterator that is used up")
         while batches:
             if learning_rate:
                 for group in itertools.chain(*(opt.param_groups for opt in optimizers)):
@@ -403,10 +405,7 @@ def generate_and_print_sample(model, tokenizer, device, start_context):
 def plot_losses(
     epochs_seen, tokens_seen, train_losses, val_losses, paths=None, title="", x_label="Epochs"
 ) -> None:
-    """Draw both losses, in nats per token, over epochs (below) and tokens seen (above).
-
-    paths: where to save the picture; without any it is saved as loss-plot.pdf, and shown.
-    """
+    """Draw both losses over epochs and tokens; save as paths, or as loss-plot.pdf and show."""
     from matplotlib import figure, pyplot, ticker
 
     picture = (figure.Figure if paths else pyplot.figure)(figsize=(6.5, 4.3), layout="constrained")
@@ -707,11 +706,11 @@ class WindowBatches:
 
 
 def spread_batches(windows, size, most):
-    """Return this rank's share of up to `most` batches, spread evenly."""
-    found = math.ceil(len(windows) / size)
-    chosen, batches = min(found, most), []
-    for first in (number * found // chosen * size for number in range(chosen)):
-        rows = [windows[i] for i in range(first, min(first + size, len(windows)))]
+    """Return this rank's share of up to `most` batches of windows, spread evenly."""
+    number, batches = min(len(windows), most * size), []
+    chosen = [(2 * i + 1) * len(windows) // (2 * number) for i in range(number)]
+    for first in range(0, number, size):
+        rows = [windows[i] for i in chosen[first : first + size]]
         nothing = rows[0][0], torch.full_like(rows[0][1], IGNORED)  # for a rank without a share
         batches.append(default_collate(rows[RANK::RANKS] or [nothing]))
     return batches
@@ -737,7 +736,7 @@ def from_all_ranks(value) -> list:
 
 
 def choose_device(args):
-    """Return (device, autocast, scaler), set args.dtype. Source: Micikevicius et al. 2018."""
+    """Return (device, autocast, scaler), set args.precision. Micikevicius et al. 2018."""
     found = torch.accelerator.current_accelerator(check_available=True)
     name = args.device if args.device != "auto" else found.type if found else "cpu"
     if name == "cuda":
@@ -750,14 +749,13 @@ def choose_device(args):
     on_cuda, factors = device.type == "cuda", torch.full((512, 768), 1 + 2**-20)
     if on_cuda:
         torch.cuda.set_device(device)
-    if args.dtype == "auto":
-        fast = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if fast else "float32"
+    fast = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    name = args.precision = {"auto": "bfloat16" if fast else "float32"}.get(args.dtype, args.dtype)
     torch.set_float32_matmul_precision("high" if on_cuda else "medium")  # oneDNN, fast
     if not on_cuda and not F.linear(factors, torch.eye(768)).equal(factors):  # AMX: bfloat16
         torch.set_float32_matmul_precision("highest")
-    autocast = torch.autocast(device.type, getattr(torch, args.dtype), args.dtype != "float32")
-    return device, autocast, torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+    autocast = torch.autocast(device.type, getattr(torch, name), name != "float32")
+    return device, autocast, torch.amp.GradScaler(device.type, enabled=name == "float16")
 
 
 def to_devices(model, device, fsdp: bool):
@@ -1038,9 +1036,10 @@ def prepare(args, device, model):
     if not val:
         warn("nothing to validate on: lower --train-ratio")
     run.val_loader = DataLoader(val, batch_size=None, generator=generator)
-    run.measured = spread_batches(windows, size, max(50, args.eval_iter)), val
+    run.measured = [spread_batches(some, size, 50) for some in (windows, val_windows)]
     run.found = len(run.train_loader), math.ceil(len(val_windows) / size)
-    run.settings = {name: vars(args)[name] for name in (*RUN, *FIXED, "schedule_steps")}
+    settings, names = vars(args) | run.config, {*RUN, *FIXED, "schedule_steps"}
+    run.settings = {name: settings[name] for name in sorted(names - {"data", "val_data"})}
     torch.manual_seed(args.seed)
     model = GPTModel(run.config)
     if weights:
@@ -1052,7 +1051,7 @@ def prepare(args, device, model):
         generator.set_state(torch.get_rng_state())
         torch.manual_seed(args.seed + 1 + RANK)
     ranks = f", {RANKS} processes" if RANKS > 1 else ""
-    say(f"Device: {run.device}, {args.dtype}{ranks}; model: {run.parameters:,} parameters")
+    say(f"Device: {run.device}, {args.precision}{ranks}; model: {run.parameters:,} parameters")
     say(f"Memory: {16 * run.parameters / 1e9:.1f} GB of weights, gradients, optimizer states")
     parts = "{:,} for training, {:,} for validation"
     say(f"Text: {run.corpus.name}\nTokens: {parts.format(*run.corpus.tokens)}")
@@ -1089,11 +1088,10 @@ def report(run, evaluates, samples):
 
 
 def save_evaluation(run):
-    last = run.losses.get("final") or (run.history or [[math.nan]])[-1]
-    measured = "final" in run.losses or last[0] == run.progress.step
-    lower = measured and last[-1] < run.losses.get("best", [math.inf])[0]  # nan never is
+    step, *_, loss = run.history[-1] if run.history else (-1, math.nan)
+    lower = step == run.progress.step and loss < run.losses.get("best", [math.inf])[0]
     if lower and save(run.folder / "best.pt", weights_of(run)):
-        run.losses["best"] = [last[-1]]
+        run.losses["best"] = [loss]
     names = "steps", "epochs", "tokens_seen", "train_losses", "val_losses"
     figures = dict(zip(names, zip(*run.history))) | run.losses
     figures = {k: [None if math.isnan(x) else x for x in v] for k, v in figures.items()}
@@ -1335,8 +1333,10 @@ def main(argv=None) -> int:
             message = "too little memory: lower --batch-size"
         except (ImportError, OSError) as error:
             message = f"{one_line(error)}: check requirements.txt, path, disk"
-        print("train_gpt:", *message.split(), file=sys.stderr)
-        return status
+    if RANK > 0:
+        time.sleep(5)  # torchrun ends it meanwhile, if rank 0, too, failed and said so
+    print("train_gpt:", *message.split(), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
