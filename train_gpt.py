@@ -665,7 +665,7 @@ def default_text():
             answer = requests.get(VERDICT_URL, timeout=30).content
             if hashlib.sha256(answer).hexdigest() != VERDICT_SHA256:
                 raise OSError("the answer is another text")
-            path.write_bytes(answer)
+            save(path, lambda path: path.write_bytes(answer))
         except OSError as error:
             from pydoc_data.topics import topics
 
