@@ -2,6 +2,7 @@
 """Tests of train_gpt.py: `pytest -q`, in about two minutes on two cores, without a network."""
 
 import csv
+import functools
 import importlib
 import itertools
 import json
@@ -18,13 +19,13 @@ import sys
 import time
 from array import array
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parameters_to_vector
 
 import train_gpt
 from train_gpt import *
@@ -34,15 +35,13 @@ train_gpt.vocabulary()
 SCRIPT = Path(train_gpt.__file__).resolve()
 TYPED = shlex.quote(str(SCRIPT))
 TOKENIZER, END = tiktoken.get_encoding("gpt2"), "<|endoftext|>"
-
-
 SENTENCES = ["The cat sat,\n", "on the mat. ", "Every effort moves you! ", "don't\n\n", "Naïve 文"]
 TEXT = "".join(random.Random(0).choices(SENTENCES, k=240))
 IDS = TOKENIZER.encode(TEXT)
 SIZES = "--emb-dim 16 --n-layers 2 --n-heads 2 --context-length 8 --device cpu"
 TINY = {"vocab_size": 97, "context_length": 16, "emb_dim": 32, "n_heads": 4, "n_layers": 2}
 KILLS = int(os.environ.get("KILLS", "3"))
-# With dropout, groups of batches that don't come out even, and another rate at each step.
+assert_close = functools.partial(torch.testing.assert_close, rtol=0)
 LONG = (
     f"--data text.txt --epochs {max(2, KILLS // 2)} --batch-size 4 --grad-accum-steps 4 "
     "--eval-freq 4 --warmup-steps 3 --min-lr 1e-5 --grad-clip 1 --checkpoint-every 3"
@@ -54,9 +53,8 @@ needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="se
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own, offline, with text.txt there."""
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)  # as in the processes that tests start; faster, too, for tiny models
+    torch.set_num_threads(1)  # as in the processes; faster, too, for tiny models
     write("text.txt", TEXT)
 
 
@@ -74,13 +72,11 @@ def succeed(*arguments):
 
 
 def command(*arguments, out="out"):
-    """Train a tiny model, which must succeed; return the content of losses.json."""
     succeed(SIZES, *arguments, "--out-dir", out)
     return read_losses(out)
 
 
 def refused(capsys, *arguments):
-    """Run the command in this process, which must end in one line, status 2; return that line."""
     capsys.readouterr()
     try:
         status = status_of(*arguments)
@@ -103,7 +99,6 @@ def finish(process):
 
 
 def loss_printed(capsys, *arguments, name="Loss"):
-    """The figure that `evaluate` prints."""
     capsys.readouterr()
     succeed("evaluate --device cpu", *arguments)
     return float(re.search(rf"(?m)^{name}: ([\d.]+)", capsys.readouterr().out)[1])
@@ -127,25 +122,18 @@ def read_losses(folder):
 
 
 def steps_of(folder):
-    """The rows of steps.csv without the seconds."""
     rows = csv.DictReader(Path(folder, "steps.csv").read_text().splitlines())
     return [{k: float(v) for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def assert_close(ours, theirs, within):
-    torch.testing.assert_close(ours, theirs, atol=within, rtol=0)
-
-
 def assert_same_run(folder, other):
-    """Weights bit for bit, losses, steps."""
     for path in Path(other).glob("[mb]*.pt"):  # model, best
-        assert_close(weights(Path(folder, path.name)), weights(path), 0)
+        assert_close(weights(Path(folder, path.name)), weights(path), atol=0)
     assert Path(folder, "losses.json").read_bytes() == Path(other, "losses.json").read_bytes()
     assert steps_of(folder) == steps_of(other)
 
 
 def contents(folder="."):
-    """All files and what they hold, but .lock."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
     return {path: path.read_bytes() for path in paths}
 
@@ -208,10 +196,18 @@ def test_losses_fall_on_a_tiny_run():
 # ----------------------------------------------------------------------------- published figures
 def use_all_cores():
     torch.set_num_threads(os.cpu_count())
-    train_gpt.choose_device(SimpleNamespace(device="cpu", dtype="float32"))
+    train_gpt.choose_device(train_gpt.parse("train", ["--device", "cpu"]))
 
 
-def test_loss_and_greedy_sample_of_the_untrained_124m_model_are_the_published_ones():
+@needs_mkl
+def test_untrained_124m_model_and_ten_steps_of_a_tiny_one_give_the_published_figures():
+    model, ids = tiny_model(vocab_size=50257), made_up_ids(65)
+    batch = ids[:64].view(4, 16), ids[1:].view(4, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    assert list(train(model, [batch], [optimizer], "cpu", 10)) == pytest.approx(
+        [11.114697, 11.017437, 10.960505, 10.843269, 10.819546,
+         10.748576, 10.702586, 10.629090, 10.599867, 10.503622], abs=5e-4
+    )  # fmt: skip
     use_all_cores()
     ids = made_up_ids(513)
     torch.manual_seed(123)
@@ -221,20 +217,9 @@ def test_loss_and_greedy_sample_of_the_untrained_124m_model_are_the_published_on
     assert loss == pytest.approx(10.991942405700684, abs=5e-4)
     torch.manual_seed(123)
     model = GPTModel({**GPT_CONFIG_124M, "context_length": 1024}).eval()
-    ids = generate_text_simple(model, torch.tensor([[15496, 11, 314, 716]]), 10, 1024)
-    expected = 27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657
-    assert ids[0, 4:].tolist() == [*expected]
-
-
-@needs_mkl
-def test_ten_steps_of_a_tiny_model_have_the_published_losses():
-    model, ids = tiny_model(vocab_size=50257), made_up_ids(65)
-    batch = ids[:64].view(4, 16), ids[1:].view(4, 16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
-    assert list(train(model, [batch], [optimizer], "cpu", 10)) == pytest.approx(
-        [11.114697, 11.017437, 10.960505, 10.843269, 10.819546,
-         10.748576, 10.702586, 10.629090, 10.599867, 10.503622], abs=5e-4
-    )  # fmt: skip
+    ids = generate_text_simple(model, torch.tensor([[15496, 11, 314, 716]]), 10, 1024)[0, 4:]
+    expected = [27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657]
+    assert ids.tolist() == expected
 
 
 def loaders(text, batch_size, context, module=train_gpt):
@@ -260,7 +245,7 @@ def test_published_run_begins_with_the_published_losses():
     assert losses == pytest.approx((10.987583, 10.981106, 9.781002, 9.932810), abs=5e-4)
 
 
-# ---------------------------------------------------------------------------- the chapter, cut off
+# ----------------------------------------------------------------- the chapter and its generator
 def test_command_trains_exactly_as_the_file_cut_off_at_its_ruler_does(monkeypatch, capsys):
     write("chapter.py", re.split(r"(?m)^# -* messages", SCRIPT.read_text(encoding="utf-8"))[0])
     monkeypatch.syspath_prepend(".")
@@ -274,21 +259,15 @@ def test_command_trains_exactly_as_the_file_cut_off_at_its_ruler_does(monkeypatc
     book = model, *parts, optimizer, "cpu", 2, 3, 99, "Every effort moves you", TOKENIZER
     expected = chapter.train_model_simple(*book)
     assert expected == tuple(losses[n] for n in ("train_losses", "val_losses", "tokens_seen"))
-    assert_close(weights("out/model.pt"), dict(model.state_dict()), 0)
+    assert_close(weights("out/model.pt"), dict(model.state_dict()), atol=0)
     assert 100 < len(book := capsys.readouterr().out) and book in printed
 
 
-# ------------------------------------------------------------------------------------ the generator
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def trained(batches, epochs=1, **options):
-    """Train a model without dropout; return (its weights, the steps' losses)."""
     model = tiny_model(drop_rate=0.0)
     sgd = torch.optim.SGD(model.parameters(), 0.5)
     losses = list(train(model, batches, [sgd], "cpu", epochs, **options))
-    return flat(model), losses
+    return parameters_to_vector(model.parameters()), losses
 
 
 def batches_of(count, rows=2):
@@ -305,7 +284,7 @@ def test_rest_of_an_epoch_is_trained_and_an_empty_loader_is_refused():
     rest = [*itertools.islice(train(model, batches[5:], sgd, "cpu", 1, progress=progress), 9)]
     assert len(rest) == 4 and (progress.epoch, progress.batch, progress.step) == (1, 0, 8)
     whole, losses = trained(batches)
-    assert first + rest == losses and torch.equal(flat(model), whole)
+    assert first + rest == losses and torch.equal(parameters_to_vector(model.parameters()), whole)
     with pytest.raises(ValueError, match="empty"):
         next(train(model, [], sgd, "cpu", 1))
 
@@ -315,7 +294,7 @@ def test_accumulated_batches_are_one_larger_batch_and_clipping_shortens_its_grad
     (ours, losses), (theirs, expected) = trained(parts, grad_accum_steps=4), trained(whole)
     assert torch.allclose(ours, theirs, atol=1e-6) and len(losses) == 1
     assert losses == pytest.approx(expected, abs=1e-6)
-    before = flat(tiny_model())
+    before = parameters_to_vector(tiny_model().parameters())
     clipped, _ = trained(whole, grad_clip=0.01, progress=progress)
     assert progress.grad_norm == pytest.approx(2 * (theirs - before).norm().item(), rel=1e-4)
     assert 2 * (clipped - before).norm().item() == pytest.approx(0.01, rel=1e-3)
@@ -342,7 +321,7 @@ def test_loss_is_captured_as_one_graph(reduced):
             loss = loss_of(inputs, targets, model, "cpu")
         loss.backward()
         results.append({"loss": loss} | {name: p.grad for name, p in model.named_parameters()})
-    assert_close(*results, 1e-3 if reduced else 1e-6)
+    assert_close(*results, atol=1e-3 if reduced else 1e-6)
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -384,7 +363,6 @@ PARTS = [
 def test_tokens_in_pieces_are_those_of_the_whole_text(monkeypatch):
     draw, pattern = random.Random(0), train_gpt.PIECE.pattern
     names = [f"{n}.txt" for n in range(15)]
-    assert "262144" in pattern
     for size in range(1, 21):
         monkeypatch.setattr(train_gpt, "PIECE", re.compile(pattern.replace("262144", str(size))))
         texts = ["".join(draw.choices(PARTS, k=draw.randint(1, 40))) for _ in names]
@@ -400,9 +378,7 @@ def test_folders_token_files_pipes_and_byte_order_marks(capsys):
     others = dict.fromkeys(["books/notes.md", "books/.hidden.txt", "books/deep/.git/x.txt"], "No")
     [write(*file) for file in (texts | others).items()]
     assert token_ids("books") == TOKENIZER.encode(END.join(texts.values()), allowed_special="all")
-    runs = [
-        command("--max-steps 3 --data", name, out=f"of-{name}") for name in ("books", "ids.bin")
-    ]
+    runs = [command("--max-steps 3 --data", n, out=f"of-{n}") for n in ("books", "ids.bin")]
     assert all(runs[0][name] == runs[1][name] for name in ("initial", "val_losses", "final"))
     process = start(TYPED, "tokenize piped.bin --data -", stdin=subprocess.PIPE)
     process.stdin.write(TEXT)
@@ -416,11 +392,9 @@ def test_folders_token_files_pipes_and_byte_order_marks(capsys):
 
 
 def test_short_texts_are_joined_and_none_is_lost():
-    names, texts = (
-        [f"{n}.txt" for n in range(30)],
-        [f"Poem {n} is {n * n} words" for n in range(30)],
-    )
-    [write(*file) for file in zip(names, texts)]
+    poems = {f"{n}.txt": f"Poem {n} is {n * n} words" for n in range(30)}
+    names, texts = [*poems], [*poems.values()]
+    [write(*file) for file in poems.items()]
     corpus = train_gpt.load_corpus(["text.txt"], names, 0.9)
     expected = [TOKENIZER.encode(t, allowed_special="all") for t in (TEXT, END.join(texts))]
     assert [ids.tolist() for (ids,) in corpus.parts] == expected
@@ -430,9 +404,6 @@ def test_short_texts_are_joined_and_none_is_lost():
 
 
 def test_order_of_the_data_hardly_moves_the_losses():
-    windows = [(torch.tensor([n]), torch.tensor([n])) for n in range(100)]
-    spread = [ids.tolist() for ids, _ in train_gpt.spread_batches(windows, 2, 5)]
-    assert spread == [[[n], [n + 10]] for n in range(5, 100, 20)]
     write("code.txt", "".join(f"x{n} = {n * n}; " for n in range(500)))
     command("--data text.txt --max-steps 60 --lr 0.01 --context-length 64", out="first")
     model, finals = train_gpt.load_model("first/model.pt")[1], []
@@ -494,30 +465,21 @@ def test_mistakes_end_in_one_line_and_nothing_is_written(capsys):
 
 
 # --------------------------------------------------------------------- folders, interrupted runs
-@pytest.fixture(scope="module")
-def long_runs(tmp_path_factory):
-    """A folder with text.txt, whole/, and half/, which a signal stopped after 6 steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("long"))
-        torch.set_num_threads(1)  # before workplace does
-        write("text.txt", TEXT)
-        command(LONG, out="whole")
-        run = SIZES, LONG, "--out-dir half"
-        assert stopped_at("update_weights", 6, signal.SIGTERM, *run) == 143
-        return Path.cwd()
-
-
 @pytest.fixture
-def whole(long_runs, workplace):
-    shutil.copytree(long_runs / "half", "half")
-    return long_runs / "whole"
+def whole(workplace, tmp_path_factory):
+    """The folder of an undisturbed run; half/ is a copy of one that was stopped after 6 steps."""
+    once = tmp_path_factory.getbasetemp() / "long"
+    if not once.exists():
+        command(LONG, out=str(once / "whole"))
+        run = SIZES, LONG, f"--out-dir {once / 'half'}"
+        assert stopped_at("update_weights", 6, signal.SIGTERM, *run) == 143
+    shutil.copytree(once / "half", "half")
+    return once / "whole"
 
 
-def test_overwriting_replaces_the_runs_files_alone_and_only_by_a_run_that_trains(whole, capsys):
+def test_overwriting_replaces_the_runs_files_alone(whole):
     write("half/notes.md", "mine")
-    before, run = contents(), "--data text.txt --max-steps 2 --train-ratio 1"  # so no best.pt
-    refused(capsys, SIZES, "--data absent.txt --out-dir half --overwrite")
-    assert contents() == before
+    run = "--data text.txt --max-steps 2 --train-ratio 1"  # so there is no best.pt
     assert {*command(run, "--overwrite", out="half")["val_losses"]} == {None}  # JSON has no nan
     command(run, out="new")
     assert_same_run("half", "new")
@@ -555,8 +517,7 @@ def test_full_disk_warns_while_training_and_ends_it_at_last(whole, capsys):
     assert_same_run("half", whole)
 
 
-def test_kill_9_loses_nothing_and_the_folder_of_a_live_run_is_refused(long_runs, capsys):
-    """The environment variable KILLS sets how many; the run gets longer with it."""
+def test_kill_9_loses_nothing_and_the_folder_of_a_live_run_is_refused(whole, capsys):
     moments, killed = random.Random(1), 0
     write("out/.lock", "")  # a stale one
     for number in range(KILLS):
@@ -569,22 +530,20 @@ def test_kill_9_loses_nothing_and_the_folder_of_a_live_run_is_refused(long_runs,
         killed += finish(process)[0] == -signal.SIGKILL
     assert killed >= min(2, KILLS)  # a very fast machine is done before
     command(LONG, "--resume")
-    assert_same_run("out", long_runs / "whole")
+    assert_same_run("out", whole)
 
 
-MOMENTS = [("evaluate_model", "INT", 3), ("save", "TERM", 3), ("note_random", "USR1", 9)]
-MOMENTS += [("generate_and_print_sample", "HUP", 1)]
-MOMENTS += [("update_weights", "TERM", step) for step in range(1, 7)]
+MOMENTS = "evaluate_model INT 3, save TERM 3, note_random USR1 9, generate_and_print_sample HUP 1"
+MOMENTS += "".join(f", update_weights TERM {step}" for step in range(1, 7))
 
 
-@pytest.mark.parametrize("moment, name, call", MOMENTS)
-def test_run_stopped_at_any_step_prints_what_goes_on_with_the_same_run(
-    moment, name, call, whole, capsys
-):
+@pytest.mark.parametrize("case", MOMENTS.split(", "))
+def test_run_stopped_at_any_step_prints_what_goes_on_with_the_same_run(case, whole, capsys):
+    moment, name, call = case.split()
     number = getattr(signal, "SIG" + name)
-    assert stopped_at(moment, call, number, SIZES, LONG, "--out-dir 'a b'") == 128 + number
+    assert stopped_at(moment, int(call), number, SIZES, LONG, "--out-dir 'a b'") == 128 + number
     assert len(steps_of("a b")) < len(steps_of(whole)) and weights("a b/model.pt")
-    assert moment != "update_weights" or len(steps_of("a b")) == call
+    assert moment != "update_weights" or len(steps_of("a b")) == int(call)
     succeed(re.search("To go on: python train_gpt.py(.*)", capsys.readouterr().out)[1])
     assert_same_run("a b", whole)
 
@@ -616,7 +575,7 @@ def test_picture_has_both_curves_units_and_the_lowest_loss(monkeypatch):
     assert lines[f"Lowest validation: {min(curve):.3f}"] == [min(curve)]
 
 
-# --------------------------------------------------------------------------------- weights, in, out
+# ---------------------------------------------------------------------- weights in and out, learning
 def gpt2(dtype=torch.float32, shard_size="50GB", tied=False):
     """A model of transformers in the folder theirs; no bias is 0, no LayerNorm 1."""
     transformers = pytest.importorskip("transformers", reason="transformers isn't installed")
@@ -673,21 +632,6 @@ def test_what_the_model_cannot_compute_or_read_is_refused_by_name(capsys):
         save_file(own_state, path)
         line = refused(capsys, "--device cpu --data text.txt --init-from theirs")
         assert name in line and not Path("out").exists(), line
-    path.unlink()
-    torch.save({"x": Code()}, "theirs/pytorch_model.bin")
-    assert "theirs" in refused(capsys, "--device cpu --data text.txt --init-from theirs")
-    assert not Path("ran").exists()
-
-
-def test_training_goes_on_from_weights_and_resumes_without_their_file(capsys):
-    run = "--init-from theirs --data text.txt --device cpu --max-steps 4 --context-length"
-    gpt2()
-    assert "its own sizes" in refused(capsys, run, "17")
-    succeed(run, "8 --drop-rate 0.2 --out-dir whole")
-    assert stopped_at("update_weights", 2, signal.SIGTERM, run, "8 --drop-rate 0.2") == 143
-    Path("theirs").rename("elsewhere")
-    succeed("--resume")
-    assert_same_run("out", "whole")
 
 
 def test_gradients_of_a_step_are_those_of_transformers():
@@ -702,11 +646,10 @@ def test_gradients_of_a_step_are_those_of_transformers():
     F.cross_entropy(theirs(batch[0]).logits.flatten(0, 1), batch[1].flatten()).backward()
     ours = {name: p.detach() - after[name] for name, p in theirs.named_parameters()}
     assert max(gradient.abs().max() for gradient in ours.values()) > 0.1
-    assert_close(ours, {name: p.grad for name, p in theirs.named_parameters()}, 1e-6)
+    assert_close(ours, {name: p.grad for name, p in theirs.named_parameters()}, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------- learning
-def test_rate_warms_up_falls_and_stays_when_lengthened_and_muon_trains_the_blocks_matrices():
+def test_rates_muon_for_the_matrices_of_the_blocks_and_bfloat16():
     run = "--data text.txt --batch-size 4 --optimizer muon --max-steps 12"
     losses = command(run, "--lr 1e-2 --warmup-steps 4 --min-lr 1e-3")
     assert losses["final"][0] < losses["initial"][0] - 0.5
@@ -718,14 +661,11 @@ def test_rate_warms_up_falls_and_stays_when_lengthened_and_muon_trains_the_block
     cosine = [1e-3 + 4.5e-3 * (1 + math.cos(math.pi * n / 7)) for n in range(8)]
     expected = [2.5e-3, 5e-3, 7.5e-3, 1e-2, *cosine, *[1e-3] * 4]
     assert [row["learning_rate"] for row in steps_of("out")] == pytest.approx(expected)
-
-
-def test_bfloat16_trains_like_float32():
+    losses = []
     for name in ("float32", "bfloat16"):
         command("--data text.txt --max-steps 6 --drop-rate 0 --lr 0.02 --dtype", name, out=name)
-    ours, theirs = ([row["loss"] for row in steps_of(n)] for n in ("bfloat16", "float32"))
-    assert ours == pytest.approx(theirs, abs=0.05) and ours != theirs
-    assert {w.dtype for w in weights("bfloat16/model.pt").values()} == {torch.float32}
+        losses.append([row["loss"] for row in steps_of(name)])
+    assert losses[0] == pytest.approx(losses[1], abs=0.05) and losses[0] != losses[1]
 
 
 # -------------------------------------------------------------------------------------------- ranks
@@ -773,7 +713,7 @@ def test_one_process_and_two_follow_one_curve_and_say_each_thing_once(capsys):
     for name in ("two", "sharded"):
         for part in ("tokens_seen", "train_losses", "val_losses", "final"):
             assert read_losses(name)[part] == pytest.approx(one[part], abs=1e-5), part
-        assert_close(weights(f"{name}/model.pt"), weights("one/model.pt"), 1e-5)
+        assert_close(weights(f"{name}/model.pt"), weights("one/model.pt"), atol=1e-5)
         for row, expected in zip(steps_of(name), steps_of("one"), strict=True):
             assert row == pytest.approx(expected, abs=1e-5, rel=1e-4)  # sums of 10^6 squares
     assert len(steps_of("one")) == 21 and one["final"][0] < one["initial"][0] - 0.5
@@ -802,10 +742,10 @@ def test_one_rank_killed_ends_all_and_the_run_goes_on_bit_for_bit(capsys):
 
 # ------------------------------------------------------------------------------------------- README
 def test_commands_of_the_readme_are_accepted():
-    text, seen = SCRIPT.with_name("README.md").read_text(encoding="utf-8"), 0
+    text = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
     blocks = "\n".join(re.findall(r"(?ms)^```bash\n(.*?)^```", text)).replace("\\\n", " ")
-    for typed in re.findall(r"(?m)(?:python|^torchrun .*) train_gpt\.py(.*?)(?:[|&>].*)?$", blocks):
-        typed, seen = shlex.split(typed, comments=True), seen + 1
+    lines = re.findall(r"(?m)(?:python|^torchrun .*) train_gpt\.py(.*?)(?:[|&>].*)?$", blocks)
+    for typed in (shlex.split(line, comments=True) for line in lines):
         name = typed.pop(0) if typed and typed[0] in train_gpt.COMMANDS else "train"
         train_gpt.parse(name, typed)
-    assert seen > 5
+    assert len(lines) > 5
