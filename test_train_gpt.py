@@ -679,7 +679,6 @@ status = max(train_gpt.main(line.split()) for line in sys.argv[1:])
 dist.destroy_process_group()
 sys.exit(status)
 """
-# Uneven groups of batches and ragged ends of both parts: 5 batches of 4, and 4 + 4 + 1.
 RANKED = f"{SIZES} --data train.bin --val-data val.bin --eval-iter 99 --eval-freq 10 --epochs 7"
 CLIPPED = "--lr 3e-3 --warmup-steps 5 --min-lr 1e-4 --grad-clip 0.5 --grad-accum-steps 2"
 DROPS = f"{RANKED} {CLIPPED} --batch-size 2 --fsdp --checkpoint-every 2"
