@@ -404,6 +404,8 @@ def test_short_texts_are_joined_and_none_is_lost():
 
 
 def test_order_of_the_data_hardly_moves_the_losses():
+    spread = train_gpt.spread_batches([(torch.tensor([n]),) * 2 for n in range(100)], 2, 5)
+    assert [ids.flatten().tolist() for ids, _ in spread] == [[n, n + 10] for n in range(5, 100, 20)]
     write("code.txt", "".join(f"x{n} = {n * n}; " for n in range(500)))
     command("--data text.txt --max-steps 60 --lr 0.01 --context-length 64", out="first")
     model, finals = train_gpt.load_model("first/model.pt")[1], []
@@ -467,7 +469,6 @@ def test_mistakes_end_in_one_line_and_nothing_is_written(capsys):
 # --------------------------------------------------------------------- folders, interrupted runs
 @pytest.fixture
 def whole(workplace, tmp_path_factory):
-    """The folder of an undisturbed run; half/ is a copy of one that was stopped after 6 steps."""
     once = tmp_path_factory.getbasetemp() / "long"
     if not once.exists():
         command(LONG, out=str(once / "whole"))
@@ -577,7 +578,6 @@ def test_picture_has_both_curves_units_and_the_lowest_loss(monkeypatch):
 
 # ---------------------------------------------------------------------- weights in and out, learning
 def gpt2(dtype=torch.float32, shard_size="50GB", tied=False):
-    """A model of transformers in the folder theirs; no bias is 0, no LayerNorm 1."""
     transformers = pytest.importorskip("transformers", reason="transformers isn't installed")
     config = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)

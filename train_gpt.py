@@ -585,7 +585,8 @@ def encode(text):
     def work(piece):
         return array("H", tokenizer.encode(piece, allowed_special={END_OF_TEXT}))
 
-    done, pool = bar(total=len(text.encode()), unit="B", unit_scale=True), ThreadPoolExecutor()
+    pool = ThreadPoolExecutor(os.cpu_count())
+    done = bar(total=len(text.encode()), unit="B", unit_scale=True)
     try:
         for piece, some in zip(pieces, pool.map(work, pieces)):
             ids.extend(some)
