@@ -46,6 +46,7 @@ LONG = (
     f"--data text.txt --epochs {max(2, KILLS // 2)} --batch-size 4 --grad-accum-steps 4 "
     "--eval-freq 4 --warmup-steps 3 --min-lr 1e-5 --grad-clip 1 --checkpoint-every 3"
 )
+MOMENTS = "evaluate_model INT 3, save TERM 3, note_random USR1 9, generate_and_print_sample HUP 1"
 os.environ |= dict.fromkeys(["HTTPS_PROXY", "HTTP_PROXY"], "http://127.0.0.1:9")  # a closed port
 os.environ |= {"NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="seen only with MKL")
@@ -134,8 +135,7 @@ def assert_same_run(folder, other):
 
 
 def contents(folder="."):
-    paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
-    return {path: path.read_bytes() for path in paths}
+    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def stopped_at(moment, call, number, *arguments):
@@ -163,8 +163,7 @@ def tiny_model(seed=123, **changes):
 
 
 def made_up_ids(count):
-    i = torch.arange(count)
-    return (7919 * i * i + 104729 * i) % 50257
+    return (7919 * torch.arange(count) ** 2 + 104729 * torch.arange(count)) % 50257
 
 
 # ------------------------------------------------------------------- how the file is used, at first
@@ -407,13 +406,11 @@ def test_order_of_the_data_hardly_moves_the_losses():
     spread = train_gpt.spread_batches([(torch.tensor([n]),) * 2 for n in range(100)], 2, 5)
     assert [ids.flatten().tolist() for ids, _ in spread] == [[n, n + 10] for n in range(5, 100, 20)]
     write("code.txt", "".join(f"x{n} = {n * n}; " for n in range(500)))
-    command(
-        "--data text.txt --max-steps 50 --eval-freq 50 --lr 0.01 --context-length 64", out="first"
-    )
-    model, finals = train_gpt.load_model("first/model.pt")[1], []
+    command("--data text.txt --max-steps 50 --eval-freq 50 --lr 0.01 --context-length 64", out="a")
+    model, finals = train_gpt.load_model("a/model.pt")[1], []
     prose, code = (mean_loss(model, Path(f"{n}.txt").read_text(), 64) for n in ("text", "code"))
     for data in ("text.txt code.txt", "code.txt text.txt"):
-        run = f"--data {data} --lr 1e-30 --max-steps 1 --init-from first/model.pt --overwrite"
+        run = f"--data {data} --lr 1e-30 --max-steps 1 --init-from a/model.pt --overwrite"
         succeed(run, "--device cpu")
         finals.append(read_losses("out")["final"])
     assert code > prose + 1 and finals[0] == pytest.approx(finals[1], abs=(code - prose) / 10)
@@ -492,9 +489,9 @@ def test_overwriting_replaces_the_runs_files_alone(whole):
 def test_resuming_takes_the_text_from_elsewhere_but_nothing_other_and_no_code(whole, capsys):
     write("other.txt", TEXT.replace("cat", "cow"))
     before, path = contents("half"), Path("half/checkpoint.pt")
-    for word, value in (("--lr", "0.01"), ("--n-layers", "3"), ("--data", "other.txt")):
-        line = refused(capsys, "--resume --out-dir half", word, value)
-        assert word.strip("-") in line and contents("half") == before, line
+    for typed, word in (("--lr 0.01", "--init-from"), ("--data other.txt", "other data")):
+        line = refused(capsys, "--resume --out-dir half", typed)
+        assert word in line and contents("half") == before, line
     good, content = path.read_bytes(), torch.load(path, weights_only=True)
     alone = {name: content[name] for name in ("config", "model")}
     for bad in (good[:999999], pickle.dumps(Code()), content | {"more": Code()}, alone):
@@ -534,9 +531,6 @@ def test_kill_9_loses_nothing_and_the_folder_of_a_live_run_is_refused(whole, cap
     assert killed >= min(2, KILLS)  # a very fast machine is done before
     command(LONG, "--resume")
     assert_same_run("out", whole)
-
-
-MOMENTS = "evaluate_model INT 3, save TERM 3, note_random USR1 9, generate_and_print_sample HUP 1"
 
 
 @pytest.mark.parametrize("case", f"{MOMENTS}, update_weights TERM 1".split(", "))
@@ -580,15 +574,16 @@ def test_picture_has_both_curves_units_and_the_lowest_loss(monkeypatch):
 
 
 # ---------------------------------------------------------------------- weights in and out, learning
-def gpt2(dtype=torch.float32, shard_size="50GB", tied=False):
+def gpt2(variant="saved"):
     transformers = pytest.importorskip("transformers", reason="transformers isn't installed")
     config = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    config |= dict.fromkeys((*train_gpt.HF_DROPS,), 0.0) | {"tie_word_embeddings": tied}
+    config |= dict.fromkeys(train_gpt.HF_DROPS, 0) | {"tie_word_embeddings": variant == "tied"}
     torch.manual_seed(5)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
     for weight in model.parameters():
         weight.data += 0.3 * torch.randn_like(weight)
-    model.to(dtype).save_pretrained("theirs", max_shard_size=shard_size)
+    model.to(torch.float16 if variant == "float16" else torch.float32)
+    model.save_pretrained("theirs", max_shard_size="2MB" if variant == "shards" else "50GB")
     return model.float()
 
 
@@ -598,7 +593,7 @@ def test_exported_model_is_the_same_in_transformers():
     torch.save({"config": GPT_CONFIG_124M | sizes, "model": model.state_dict()}, "ours.pt")
     succeed("export exported --checkpoint ours.pt")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("exported")
-    torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-5, rtol=0)
+    assert_close(theirs(ids).logits, model(ids), atol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained("exported")
     ids = TOKENIZER.encode(text := f"{TEXT}{END} 12,5\n\n\n x", allowed_special={END})
     assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
@@ -606,9 +601,7 @@ def test_exported_model_is_the_same_in_transformers():
 
 @pytest.mark.parametrize("variant", ["saved", "tied", "float16", "bin", "shards"])
 def test_gpt2_folder_has_the_loss_that_transformers_gives(variant, capsys):
-    dtype = torch.float16 if variant == "float16" else torch.float32
-    model = gpt2(dtype, "2MB" if variant == "shards" else "50GB", variant == "tied")
-    path = Path("theirs/model.safetensors")
+    model, path = gpt2(variant), Path("theirs/model.safetensors")
     if variant == "bin":
         state = {k.removeprefix("transformer."): weight for k, weight in load_file(path).items()}
         torch.save(state, "theirs/pytorch_model.bin")
@@ -677,7 +670,6 @@ import torch.distributed as dist, train_gpt
 pathlib.Path("pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
 dist.init_process_group("gloo")
 status = max(train_gpt.main(line.split()) for line in sys.argv[1:])
-dist.destroy_process_group()
 sys.exit(status)
 """
 RANKED = f"{SIZES} --data train.bin --val-data val.bin --eval-iter 99 --eval-freq 5 --epochs 3"
@@ -734,9 +726,8 @@ def test_one_process_and_two_follow_one_curve_and_say_each_thing_once(ranked, mo
     assert len(steps_of("one")) == 18 and one["final"][0] < one["initial"][0] - 0.3
     ours, theirs = (read_losses(f"muon-{name}")["final"] for name in ("sharded", "one"))
     assert ours == pytest.approx(theirs, abs=1e-3) and ours[0] < one["initial"][0] - 0.1
-    (loss,) = re.findall(r"(?m)^Loss: ([\d.]+)", out)
-    expected = loss_printed(capsys, "--data val.bin --out-dir two")
-    assert float(loss) == pytest.approx(expected, abs=1.1e-6)
+    loss = float(re.search(r"(?m)^Loss: ([\d.]+)", out)[1])
+    assert loss == pytest.approx(loss_printed(capsys, "--data val.bin --out-dir two"), abs=1.1e-6)
 
 
 def test_run_of_which_one_rank_was_killed_goes_on_bit_for_bit(ranked, monkeypatch, capsys):
