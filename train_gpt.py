@@ -39,7 +39,7 @@ IGNORED = -100  # a target that F.cross_entropy doesn't count
 NO_AUTOCAST = contextlib.nullcontext()
 
 
-# ---------------------- dataset
+# -------------------- dataset
 class GPTDatasetV1(Dataset):
     """Windows of token ids, each with the same window shifted by one as its target.
 
@@ -75,7 +75,7 @@ def create_dataloader_v1(
     return DataLoader(windows, batch_size, shuffle, drop_last=drop_last, num_workers=num_workers)
 
 
-# ------------------------ model
+# ---------------------- model
 class KVCache:
     """Keys and values of all layers, so that sampling computes those of each token only once.
 
@@ -206,7 +206,7 @@ def rename_published(model, state_dict, *_):
             del state_dict[name]
 
 
-# ------------------------- loss
+# ----------------------- loss
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Return the mean cross-entropy of one batch, in nats per token, as a scalar tensor.
 
@@ -234,7 +234,7 @@ def calc_loss_loader(data_loader, model, device, num_batches=None):
     return (sums[0] / sums[1]).item()
 
 
-# --------------------- training
+# ------------------- training
 @dataclass
 class Progress:
     """Where a run stands: what `train` must know, beside weights and states, to go on exactly."""
@@ -327,7 +327,7 @@ def train_model_simple(
     return train_losses, val_losses, track_tokens_seen
 
 
-# ------------------- evaluation
+# ----------------- evaluation
 def evaluate_model(model, train_loader, val_loader, device, eval_iter):
     """Return (train_loss, val_loss) over eval_iter batches each, in nats per token, dropout off."""
     was_training = model.training
@@ -339,7 +339,7 @@ def evaluate_model(model, train_loader, val_loader, device, eval_iter):
     return train_loss, val_loss
 
 
-# --------------------- sampling
+# ------------------- sampling
 def text_to_token_ids(text, tokenizer):
     """Return the token ids of a text, int64 `[1, tokens]`."""
     return torch.tensor([tokenizer.encode(text, allowed_special={END_OF_TEXT})], dtype=torch.int64)
@@ -399,7 +399,7 @@ def generate_and_print_sample(model, tokenizer, device, start_context):
     print(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
 
 
-# --------------------- plotting
+# ------------------- plotting
 def plot_losses(
     epochs_seen, tokens_seen, train_losses, val_losses, paths=None, title="", x_label="Epochs"
 ):
@@ -424,7 +424,7 @@ def plot_losses(
         pyplot.show()
 
 
-# --------- messages and signals
+# ------- messages and signals
 # ruff: noqa: E402
 import argparse
 import functools
@@ -492,7 +492,7 @@ def catch_signals(stop, stack):
                 stack.callback(signal.signal, number, signal.signal(number, ask))
 
 
-# ------------------------ files
+# ---------------------- files
 WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # with one, a folder holds a run
 FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
@@ -518,7 +518,7 @@ def save(path, state):
             with whole_file(path) as temporary:
                 state(temporary) if callable(state) else torch.save(state, temporary)
     except Exception as error:  # matplotlib raises anything, torch RuntimeError
-        warn(f"{path} can't be saved: {one_line(error)}")
+        warn(f"{path} can't be saved, is the disk full? {one_line(error)}")
         return False
     return True
 
@@ -535,7 +535,7 @@ def claim(folder, args, stack):
         raise UserError(f"{folder} holds {', '.join(found)}: --resume, --overwrite, --out-dir NEW?")
 
 
-# ------------------------ texts
+# ---------------------- texts
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 VERDICT_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
 VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
@@ -674,7 +674,7 @@ def default_text():
     return str(path if path.exists() else other)
 
 
-# ---------------------- batches
+# -------------------- batches
 class WindowBatches:
     """This rank's share of an epoch's batches, in the book's DataLoader's order."""
 
@@ -719,7 +719,7 @@ def all_targets(parts, context, batch_size):
             yield inputs.view(-1, context), targets.view(-1, context)
 
 
-# ----- devices, ranks, learning
+# --- devices, ranks, learning
 def from_all_ranks(value):
     """Return all ranks' values; pickled, so rarely."""
     values = [value] * RANKS
@@ -785,7 +785,7 @@ def learning_rate(args, step):
     return lowest + (args.lr - lowest) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
-# ------------------ checkpoints
+# ---------------- checkpoints
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 KEPT = "history", "losses", "rows"
 CALMER = "start anew with a lower --lr, or with --grad-clip 1"
@@ -860,7 +860,7 @@ def load_model(name):
         ) from None
 
 
-# ----------------- Hugging Face
+# --------------- Hugging Face
 HF_NAMES = {  # this file's names and theirs
     "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
     "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.out_proj": "attn.c_proj",
@@ -928,7 +928,7 @@ def export(args):
     say(f"{target}: AutoModelForCausalLM and AutoTokenizer open it")
 
 
-# ----------------- the commands
+# --------------- the commands
 def named_model(args):
     paths = [Path(args.out_dir, name) for name in ("checkpoint.pt", "model.pt")]
     newest = max(paths, key=lambda path: path.exists() and path.stat().st_mtime)
@@ -1217,7 +1217,7 @@ def pretrain(args, again, stop, stack):
     finish(run)
 
 
-# ------------- the command line
+# ----------- the command line
 MODELS = {  # Radford et al. 2019, table 2; tiny: for smoke tests
     "gpt2-small": {},
     "gpt2-medium": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
@@ -1328,6 +1328,7 @@ def main(argv=None):
             catch_signals(stop, stack)
             vocabulary()
             os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+            os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # big pages
             COMMANDS[command][0](args, *([again, stop, stack] if command == "train" else []))
             from_all_ranks(None)  # none leaves while another works
             return 128 + stop.signal if stop.signal else 0
@@ -1336,7 +1337,7 @@ def main(argv=None):
         except UserError as error:
             message = str(error)
         except (MemoryError, torch.OutOfMemoryError):
-            message = "too little memory: take smaller batches or a smaller model"
+            message = "too little memory: take smaller batches or models"
         except (ImportError, OSError) as error:
             message = f"{one_line(error)}: check requirements.txt, path, disk"
     if RANK > 0:
