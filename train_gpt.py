@@ -39,7 +39,7 @@ IGNORED = -100  # a target that F.cross_entropy doesn't count
 NO_AUTOCAST = contextlib.nullcontext()
 
 
-# -------------------- dataset
+# ---- dataset
 class GPTDatasetV1(Dataset):
     """Windows of token ids, each with the same window shifted by one as its target.
 
@@ -75,7 +75,7 @@ def create_dataloader_v1(
     return DataLoader(windows, batch_size, shuffle, drop_last=drop_last, num_workers=num_workers)
 
 
-# ---------------------- model
+# ---- model
 class KVCache:
     """Keys and values of all layers, so that sampling computes those of each token only once.
 
@@ -206,7 +206,7 @@ def rename_published(model, state_dict, *_):
             del state_dict[name]
 
 
-# ----------------------- loss
+# ---- loss
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Return the mean cross-entropy of one batch, in nats per token, as a scalar tensor.
 
@@ -234,7 +234,7 @@ def calc_loss_loader(data_loader, model, device, num_batches=None):
     return (sums[0] / sums[1]).item()
 
 
-# ------------------- training
+# ---- training
 @dataclass
 class Progress:
     """Where a run stands: what `train` must know, beside weights and states, to go on exactly."""
@@ -327,7 +327,7 @@ def train_model_simple(
     return train_losses, val_losses, track_tokens_seen
 
 
-# ----------------- evaluation
+# ---- evaluation
 def evaluate_model(model, train_loader, val_loader, device, eval_iter):
     """Return (train_loss, val_loss) over eval_iter batches each, in nats per token, dropout off."""
     was_training = model.training
@@ -339,7 +339,7 @@ def evaluate_model(model, train_loader, val_loader, device, eval_iter):
     return train_loss, val_loss
 
 
-# ------------------- sampling
+# ---- sampling
 def text_to_token_ids(text, tokenizer):
     """Return the token ids of a text, int64 `[1, tokens]`."""
     return torch.tensor([tokenizer.encode(text, allowed_special={END_OF_TEXT})], dtype=torch.int64)
@@ -399,7 +399,7 @@ def generate_and_print_sample(model, tokenizer, device, start_context):
     print(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
 
 
-# ------------------- plotting
+# ---- plotting
 def plot_losses(
     epochs_seen, tokens_seen, train_losses, val_losses, paths=None, title="", x_label="Epochs"
 ):
@@ -424,7 +424,7 @@ def plot_losses(
         pyplot.show()
 
 
-# ------- messages and signals
+# ---- messages and signals
 # ruff: noqa: E402
 import argparse
 import functools
@@ -444,6 +444,7 @@ import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import filelock
 from torch.distributed.checkpoint import state_dict as dcp
@@ -492,7 +493,7 @@ def catch_signals(stop, stack):
                 stack.callback(signal.signal, number, signal.signal(number, ask))
 
 
-# ---------------------- files
+# ---- files
 WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # with one, a folder holds a run
 FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
@@ -535,7 +536,7 @@ def claim(folder, args, stack):
         raise UserError(f"{folder} holds {', '.join(found)}: --resume, --overwrite, --out-dir NEW?")
 
 
-# ---------------------- texts
+# ---- texts
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 VERDICT_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
 VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
@@ -573,7 +574,7 @@ def read_text(path):
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        way = "try iconv -f latin1 -t utf-8"
+        way = "if Latin-1, iconv -f latin1 -t utf-8"
         raise UserError(f"{path} is not UTF-8 at byte {error.start}: {way}") from None
     if "\0" in text:
         raise UserError(f"{path} has NULs, so is no text: token ids end in .bin")
@@ -666,15 +667,13 @@ def default_text():
             socket.setdefaulttimeout(30)
             torch.hub.download_url_to_file(VERDICT_URL, path, "b41e41a68f0398a3", progress=False)
         except (OSError, RuntimeError) as error:
-            from pydoc_data.topics import topics
-
             warn(f"no {path}, no download ({type(error).__name__}): taking {other}")
             other.write_text("\n".join(topics.values())[:20000], encoding="utf-8")
     from_all_ranks(None)  # the others wait
     return str(path if path.exists() else other)
 
 
-# -------------------- batches
+# ---- batches
 class WindowBatches:
     """This rank's share of an epoch's batches, in the book's DataLoader's order."""
 
@@ -719,7 +718,7 @@ def all_targets(parts, context, batch_size):
             yield inputs.view(-1, context), targets.view(-1, context)
 
 
-# --- devices, ranks, learning
+# ---- devices, ranks, learning
 def from_all_ranks(value):
     """Return all ranks' values; pickled, so rarely."""
     values = [value] * RANKS
@@ -785,7 +784,7 @@ def learning_rate(args, step):
     return lowest + (args.lr - lowest) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
-# ---------------- checkpoints
+# ---- checkpoints
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 KEPT = "history", "losses", "rows"
 CALMER = "start anew with a lower --lr, or with --grad-clip 1"
@@ -860,7 +859,7 @@ def load_model(name):
         ) from None
 
 
-# --------------- Hugging Face
+# ---- Hugging Face
 HF_NAMES = {  # this file's names and theirs
     "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h",
     "norm1": "ln_1", "att.qkv": "attn.c_attn", "att.out_proj": "attn.c_proj",
@@ -928,7 +927,7 @@ def export(args):
     say(f"{target}: AutoModelForCausalLM and AutoTokenizer open it")
 
 
-# --------------- the commands
+# ---- the commands
 def named_model(args):
     paths = [Path(args.out_dir, name) for name in ("checkpoint.pt", "model.pt")]
     newest = max(paths, key=lambda path: path.exists() and path.stat().st_mtime)
@@ -1087,8 +1086,7 @@ def report(run, evaluates, samples):
             run.history.append((progress.step, epochs, progress.tokens_seen, *losses))
             print(line.format(math.ceil(epochs), progress.step, *losses))
         if samples:
-            tokenizer = tiktoken.get_encoding("gpt2")
-            start = "Every effort moves you"  # the book's
+            tokenizer, start = tiktoken.get_encoding("gpt2"), "Every effort moves you"  # the book's
             generate_and_print_sample(run.model, tokenizer, run.device, start)
     if evaluates or samples:
         say(printed.getvalue().rstrip("\n"))
@@ -1166,7 +1164,7 @@ def finish(run):
     out = f" --out-dir {shlex.quote(args.out_dir)}" if args.out_dir != "out" else ""
     name, start, more = shlex.quote(sys.argv[0]), '"Every effort" --temperature 0.8 --top-k 40', out
     if "final" in run.losses:
-        more += f" --max-steps {2 * args.steps}"
+        more += f" --max-steps {2 * progress.step + 2}"
         more += f" --epochs {2 * args.epochs}" if args.epochs else ""
     launch = "python" if RANKS == 1 else f"torchrun --nproc-per-node {RANKS}"
     piped = "pipe the same text again to " if "-" in run.corpus.source["data"] else ""
@@ -1202,6 +1200,8 @@ def pretrain(args, again, stop, stack):
         restore(run, state)
         say(f"Resuming at step {run.progress.step + 1:06d}")
         save_evaluation(run)  # a kill may have come before
+        if run.progress.step + 1 >= args.steps:
+            warn(f"all {args.steps} steps are done: to train on, raise --max-steps, and --epochs")
     else:
         run.losses["initial"] = measure(run)
     stop.at_once = False
@@ -1217,7 +1217,7 @@ def pretrain(args, again, stop, stack):
     finish(run)
 
 
-# ----------- the command line
+# ---- the command line
 MODELS = {  # Radford et al. 2019, table 2; tiny: for smoke tests
     "gpt2-small": {},
     "gpt2-medium": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
@@ -1327,8 +1327,8 @@ def main(argv=None):
                 stack.callback(dist.destroy_process_group)
             catch_signals(stop, stack)
             vocabulary()
-            os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
-            os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # big pages
+            quiet = "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"
+            os.environ |= dict.fromkeys(quiet, "error") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
             COMMANDS[command][0](args, *([again, stop, stack] if command == "train" else []))
             from_all_ranks(None)  # none leaves while another works
             return 128 + stop.signal if stop.signal else 0
@@ -1347,4 +1347,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main()) if RANKS > 1 else sys.exit(main())  # FSDP2's threads may abort an exit
