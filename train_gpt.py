@@ -101,9 +101,8 @@ class KVCache:
 class MultiHeadAttention(nn.Module):
     """Causal self-attention: `[batch, tokens, d_in]` -> `[batch, tokens, d_out]`.
 
-    One projection yields queries, keys and values; torch makes the mask. With a cache, x holds only
-    tokens not yet in it. Raises ValueError where the heads don't divide d_out. Source: Vaswani et
-    al. 2017, 3.2.
+    One projection yields queries, keys and values. With a cache, x holds only tokens not yet in it.
+    Raises ValueError where the heads don't divide d_out. Source: Vaswani et al. 2017, 3.2.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -445,7 +444,6 @@ import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import filelock
 from torch.distributed.checkpoint import state_dict as dcp
@@ -668,6 +666,8 @@ def default_text():
             socket.setdefaulttimeout(30)
             torch.hub.download_url_to_file(VERDICT_URL, path, "b41e41a68f0398a3", progress=False)
         except (OSError, RuntimeError) as error:
+            from pydoc_data.topics import topics
+
             warn(f"no {path}, no download ({type(error).__name__}): taking {other}")
             other.write_text("\n".join(topics.values())[:20000], encoding="utf-8")
     from_all_ranks(None)  # the others wait
@@ -1127,8 +1127,7 @@ def train_steps(run, stop):
         if not math.isfinite(loss):
             raise UserError(f"the loss at step {step} is {loss}: {CALMER}")
         run.rows.append((step, tokens, loss, rate_of(step), progress.grad_norm, took))
-        speed = f"{(tokens - seen) / took:,.0f} tokens/s"
-        done.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+        done.set_postfix_str(f"loss {loss:.3f}, {(tokens - seen) / took:,.0f} tokens/s", False)
         done.update()
         evaluates = step % args.eval_freq == 0
         report(run, evaluates, last or not (progress.batch or progress.epoch % args.sample_freq))
@@ -1327,7 +1326,8 @@ def main(argv=None):
             catch_signals(stop, stack)
             vocabulary()
             with contextlib.suppress(AttributeError, TypeError):  # glibc: up to 1.8 times as fast
-                [ctypes.CDLL(None).mallopt(*option) for option in ((-4, 0), (-1, -1))]
+                mallopt = ctypes.CDLL(None).mallopt
+                mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
             os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
             COMMANDS[command][0](args, *([again, stop, stack] if command == "train" else []))
             from_all_ranks(None)  # none leaves while another works
