@@ -452,7 +452,7 @@ from torch.utils.data import ConcatDataset, default_collate
 from tqdm import tqdm
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-bar = functools.partial(tqdm, disable=RANK > 0 or None, leave=False, dynamic_ncols=True)
+bar = functools.partial(tqdm, disable=RANK > 0 or None, leave=False)
 
 
 class UserError(Exception):
@@ -573,10 +573,10 @@ def read_text(path):
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        way = "if Latin-1, iconv -f latin1 -t utf-8"
+        way = "try iconv -f latin1 -t utf-8 (or utf-16)"
         raise UserError(f"{path} is not UTF-8 at byte {error.start}: {way}") from None
     if "\0" in text:
-        raise UserError(f"{path} has NULs, so is no text: token ids end in .bin")
+        raise UserError(f"{path} has NULs, is no text: token ids end in .bin")
     return text
 
 
@@ -596,31 +596,30 @@ def encode(text):
 
 
 def token_file(path):
-    size = path.stat().st_size
+    size, way = path.stat().st_size, "write ids up to 50256 as uint16"
     if size == 0 or size % 2:
-        raise UserError(f"{path} has {size} bytes: no row of uint16 ids")
+        raise UserError(f"{path} has {size} bytes: {way}")
     ids = torch.from_file(str(path), size=size // 2, dtype=torch.uint16)  # mapped, not read
     blocks = [block.numpy() for block in ids.split(1 << 22)]
     largest = max(block.max() for block in bar(blocks, desc="checking"))
     if largest > 50256 or len(ids) > 3 and not any(block[1::2].any() for block in blocks):
-        raise UserError(f"{path} is uint32 or not GPT-2's: write ids up to 50256 as uint16")
+        raise UserError(f"{path} isn't GPT-2's, or uint32: {way}")
     if largest < 256:
-        warn(f"{path} has no id above {largest}: no tokens of GPT-2's?")
+        warn(f"{path} has no id above {largest}: not GPT-2's?")
     return ids
 
 
 def cut_ids(name, paths, ratio):
     """Return the ids before and after the cut, of characters, as in the book, or of ids."""
     if paths[0].suffix == ".bin":
-        ids = token_file(paths[0])
+        whole = token_file(paths[0])
     else:
-        text = END_OF_TEXT.join(filter(None, map(read_text, paths)))
-        if not Path(name).is_dir():
-            cut = int(ratio * len(text))
-            return encode(text[:cut]), encode(text[cut:])
-        ids = encode(text)
-    cut = int(ratio * len(ids))
-    return ids[:cut], ids[cut:]
+        whole = END_OF_TEXT.join(filter(None, map(read_text, paths)))
+        if Path(name).is_dir():
+            whole = encode(whole)
+    cut = int(ratio * len(whole))
+    parts = whole[:cut], whole[cut:]
+    return map(encode, parts) if isinstance(whole, str) else parts
 
 
 def load_corpus(data, val_data, train_ratio, context=0):
@@ -629,7 +628,7 @@ def load_corpus(data, val_data, train_ratio, context=0):
     sources = [(name, files_of(name)) for name in data + val_data]
     files = [path.resolve() for _, paths in sources for path in paths]
     if len({*files}) < len(files):
-        raise UserError(f"{max(files, key=files.count)} is named twice in --data, --val-data")
+        raise UserError(f"{max(files, key=files.count)} is named twice: name it once")
     for number, (name, paths) in enumerate(sources):
         share = 0.0 if number >= len(data) else 1.0 if val_data else train_ratio
         for text, part, ids in zip(texts, parts, cut_ids(name, paths, share)):
@@ -647,10 +646,10 @@ def load_corpus(data, val_data, train_ratio, context=0):
     lengths = [[*map(len, part)] for part in parts]
     tokens = [*map(sum, lengths)]
     if not sum(tokens):
-        raise UserError(f"{data[0]} is empty: name a text with --data")
-    source = {"train_ratio": train_ratio, "sha256": f"{sha256.hexdigest()} {lengths}"}
-    for key, given in (("data", data), ("val_data", val_data)):
-        source[key] = [name if name == "-" else os.path.abspath(name) for name in given]
+        raise UserError(f"{data[0]} is empty: give another --data")
+    names = [name if name == "-" else os.path.abspath(name) for name, _ in sources]
+    source = {"data": names[: len(data)], "val_data": names[len(data) :]}
+    source |= {"train_ratio": train_ratio, "sha256": f"{sha256.hexdigest()} {lengths}"}
     said = ["standard input" if name == "-" else name for name, _ in sources]
     empty = sum(path.is_file() and path.stat().st_size == 0 for path in files)
     more = f", empty: {empty}" if empty else ""
@@ -787,7 +786,6 @@ def learning_rate(args, step):
 # ---- checkpoints
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 KEPT = "history", "losses", "rows"
-CALMER = "start anew with a lower --lr, or with --grad-clip 1"
 ROW = "step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"
 
 
@@ -801,10 +799,8 @@ def note_random(run):
 
 
 def weights_of(run):
-    weights, step = dcp.get_model_state_dict(run.model, options=WHOLE), run.progress.step
-    if not all(from_all_ranks(all(weight.sum().isfinite() for weight in weights.values()))):
-        raise UserError(f"weights at step {step} are not finite: {CALMER}")
-    return {"config": run.config, "model": weights, "source": run.corpus.source, "step": step}
+    state = {"config": run.config, "source": run.corpus.source, "step": run.progress.step}
+    return state | {"model": dcp.get_model_state_dict(run.model, options=WHOLE)}
 
 
 def save_checkpoint(run, weights):
@@ -819,9 +815,7 @@ def save_checkpoint(run, weights):
 
 def restore(run, state):
     if state["source"]["sha256"] != run.corpus.source["sha256"]:
-        raise UserError(
-            f"the run began with other data, {state['source']['data'][0]} as it was: give that"
-        )
+        raise UserError(f"it began with other data: give {state['source']['data'][0]} as it was")
     if (ranks := len(state["random"])) != RANKS:
         raise UserError(f"{ranks} processes wrote the checkpoint: start as many")
     dcp.set_model_state_dict(run.model, state.pop("model"), options=WHOLE)
@@ -853,9 +847,8 @@ def load_model(name):
         model.load_state_dict(state["model"], assign=True)
         return state, model.eval()
     except Exception as error:  # whatever a foreign file raises
-        raise UserError(
-            f"{name} is no model of ours, no GPT-2 folder ({one_line(error)})"
-        ) from None
+        way = f"train or name one ({one_line(error)})"
+        raise UserError(f"{name} is no run's .pt and no GPT-2 folder: {way}") from None
 
 
 # ---- Hugging Face
@@ -941,13 +934,13 @@ def sample(args):
     model = named_model(args)[1].to(device)
     torch.manual_seed(args.seed)
     start = text_to_token_ids(args.text or END_OF_TEXT, tokenizer).to(device)
-    options = model.pos_emb.num_embeddings, args.temperature or 0, args.top_k, 50256
+    options = model.pos_emb.num_embeddings, args.temperature, args.top_k, 50256
     with bar(total=args.max_new_tokens, desc="sampling", delay=1) as done, autocast:
         model.register_forward_hook(lambda *_: done.update() and None)  # one call a token
         ids = generate(model, start.repeat(args.num_samples, 1), args.max_new_tokens, *options)
     rows = [row + [50256] for row in ids.tolist()]
     texts = [tokenizer.decode(row[: row.index(50256, start.shape[1])]) for row in rows]
-    say(f"\n{'-' * 80}\n".join(texts))
+    say(f"\n{'-' * 80}\n".join(text.removeprefix(END_OF_TEXT) for text in texts))
 
 
 def evaluate(args):
@@ -996,12 +989,12 @@ def first_model(args):
     found = load_model(args.init_from)[0] if args.init_from else {}
     config, weights = found.get("config", GPT_CONFIG_124M | MODELS[args.model]), found.get("model")
     sizes = {name: vars(args)[name] for name in config if vars(args).get(name) is not None}
-    most, context = config["context_length"], sizes.get("context_length")
+    most, context = config["context_length"], sizes.get("context_length", 0)
     if weights:
         own = sizes.keys() - {"context_length", "drop_rate"} or args.model != "gpt2-small"
-        if own or (context or 0) > most:
+        if own or context > most:
             raise UserError(f"{args.init_from} has its own sizes (context {most}): omit yours")
-        weights["pos_emb.weight"] = weights["pos_emb.weight"][:context]
+        weights["pos_emb.weight"] = weights["pos_emb.weight"][: context or most]
     config |= sizes
     if config["emb_dim"] % config["n_heads"]:
         raise UserError(f"--n-heads must divide --emb-dim ({config['emb_dim']})")
@@ -1043,8 +1036,8 @@ def prepare(args, device, model):
     run.val_loader = DataLoader(val, batch_size=None, generator=generator)
     run.measured = [spread_batches(some, size, 50) for some in (windows, val_windows)]
     run.found = len(run.train_loader), math.ceil(len(val_windows) / size)
-    settings, names = vars(args) | run.config, {*RUN, *FIXED, "schedule_steps"}
-    run.settings = {name: settings[name] for name in sorted(names - {"data", "val_data"})}
+    settings = vars(args) | run.config
+    run.settings = {name: settings[name] for name in [*RUN, *FIXED, "schedule_steps"]}
     torch.manual_seed(args.seed)
     model = GPTModel(run.config)
     if weights:
@@ -1087,7 +1080,7 @@ def report(run, evaluates, samples):
         if samples:
             tokenizer, start = tiktoken.get_encoding("gpt2"), "Every effort moves you"  # the book's
             generate_and_print_sample(run.model, tokenizer, run.device, start)
-    if evaluates or samples:
+    if printed.getvalue():
         say(printed.getvalue().rstrip("\n"))
 
 
@@ -1109,7 +1102,8 @@ def train_steps(run, stop):
     rate_of = functools.partial(learning_rate, args)
     options = {"grad_accum_steps": args.grad_accum_steps, "grad_clip": args.grad_clip}
     options |= {"progress": progress, "learning_rate": rate_of, "autocast": run.autocast}
-    options["loss_of"] = torch.compile(calc_loss_batch) if args.compile else calc_loss_batch
+    if args.compile:
+        options["loss_of"] = torch.compile(calc_loss_batch)
     loop = run.model, run.train_loader, run.optimizers, run.device, args.steps  # enough epochs
     steps, asked = train(*loop, **options), 0
     done = bar(total=args.steps, initial=progress.step + 1, desc="training")
@@ -1124,9 +1118,10 @@ def train_steps(run, stop):
         if RANKS > 1:
             dist.all_reduce(ranks)
         loss, asked, due = ranks[:, 0].mean().item(), int(ranks[:, 1].max()), ranks[0, 2]
-        if not math.isfinite(loss):
-            raise UserError(f"the loss at step {step} is {loss}: {CALMER}")
-        run.rows.append((step, tokens, loss, rate_of(step), progress.grad_norm, took))
+        if not math.isfinite(loss + (norm := progress.grad_norm)):
+            found = f"the loss at step {step} is {loss}, gradient norm {norm}"
+            raise UserError(f"{found}: begin anew with a lower --lr, or --grad-clip 1")
+        run.rows.append((step, tokens, loss, rate_of(step), norm, took))
         done.set_postfix_str(f"loss {loss:.3f}, {(tokens - seen) / took:,.0f} tokens/s", False)
         done.update()
         evaluates = step % args.eval_freq == 0
@@ -1173,7 +1168,7 @@ def finish(run):
 def pretrain(args, again, stop, stack):
     """Pretrain a GPT-2-style model on a text."""
     if args.resume and args.overwrite:
-        raise UserError("give --resume or --overwrite, not both")
+        raise UserError("--resume or --overwrite, not both")
     if (args.min_lr or 0) > args.lr:
         raise UserError("--min-lr is above --lr: lower it")
     if args.fsdp and RANKS == 1:
@@ -1193,7 +1188,7 @@ def pretrain(args, again, stop, stack):
             say(f"No run in {folder} to resume: beginning one")
     run = prepare(args, device, model)
     if len({*from_all_ranks(f"{state.get('progress')} {run.corpus.source['sha256']}")}) > 1:
-        raise UserError("the processes see different data or checkpoints: give all the same")
+        raise UserError("processes see different data or checkpoints: give all the same")
     if state:
         restore(run, state)
         say(f"Resuming at step {run.progress.step + 1:06d}")
@@ -1238,8 +1233,6 @@ SIZE, COUNT = within(int, 1, 2**31 - 1), within(int, 0, 2**63 - 1)
 RATE, POSITIVE, SHARE = within(float, 0), within(float, 1e-30), within(float, 0, 1 - 1e-9)
 TEXT, SWITCH, EITHER = {}, {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
 RUN = dict(  # kind, meaning, default; may be given anew on resumption
-    data=({"nargs": "+"}, "texts, folders of *.txt, -, token ids (*.bin)"),
-    val_data=({"nargs": "+"}, "data to validate on"),
     epochs=(SIZE, "passes (10, or by --max-steps)"),
     max_steps=(SIZE, "optimizer steps (tiny: 150)"),
     eval_freq=(SIZE, "steps between evaluations (5, in long runs 5 %%)"),
@@ -1267,21 +1260,23 @@ FIXED = dict(  # once a run has begun
     weight_decay=(RATE, "weight decay", 0.1),
     grad_clip=(RATE, "largest gradient norm (0: any)"),
     dtype=({"choices": ["auto", "float32", "bfloat16"]}, "of products", "auto"),
-    seed=(COUNT, "of all that is random", 123),
+    seed=(COUNT, "of randomness", 123),
 )
 OTHERS = dict(
+    data=({"nargs": "+"}, "texts, folders of *.txt, -, token ids (*.bin)"),
+    val_data=({"nargs": "+"}, "data to validate on"),
     out_dir=(TEXT, "folder of the run", "out"),
     resume=(SWITCH, "go on, or begin a run"),
     overwrite=(SWITCH, "replace the run"),
     checkpoint=(TEXT, ".pt, GPT-2 folder, hf:owner/name (default: in --out-dir)"),
     max_new_tokens=(SIZE, "tokens to sample", 50),
-    temperature=(RATE, "0: the likeliest token"),
+    temperature=(RATE, "0: the likeliest token", 0),
     top_k=(SIZE, "sample from the k likeliest"),
     num_samples=(SIZE, "samples of one text", 1),
 )
 SAVED = "checkpoint out_dir device dtype"
 COMMANDS = dict(  # function, argument, flags
-    train=(pretrain, "", " ".join([*RUN, "out_dir resume overwrite", *FIXED])),
+    train=(pretrain, "", " ".join(["data val_data", *RUN, "out_dir resume overwrite", *FIXED])),
     sample=(sample, "text", f"temperature top_k num_samples max_new_tokens seed {SAVED}"),
     evaluate=(evaluate, "", f"data batch_size {SAVED}"),
     export=(export, "folder", "checkpoint out_dir"),
@@ -1296,16 +1291,19 @@ def parse(command, words, **saved):
     parser = argparse.ArgumentParser("train_gpt", usage=argparse.SUPPRESS, **options)
     if word:
         parser.add_argument(word, metavar=word.upper())
-    for name in names.split():
+    flags = {name: "--" + name.replace("_", "-") for name in names.split()}
+    for name, flag in flags.items():
         kind, text, default = (*(RUN | FIXED | OTHERS)[name], None)[:3]
         text += f" (default: {default})" if default else ""
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
+        parser.add_argument(flag, default=default, help=text, **kind)
     parser.set_defaults(**saved)
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise UserError(f"{command} has no {' '.join(unknown)}: see --help")
     for name in saved.keys() & FIXED:
         if vars(args)[name] != saved[name]:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} was {saved[name]}, is fixed: omit it, or begin by --init-from")
+            way = "omit it, or begin another --out-dir by --init-from"
+            raise UserError(f"{flags[name]} was {saved[name]}, is fixed: {way}")
     return args
 
 
@@ -1328,7 +1326,8 @@ def main(argv=None):
             with contextlib.suppress(AttributeError, TypeError):  # glibc: up to 1.8 times as fast
                 mallopt = ctypes.CDLL(None).mallopt
                 mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+            os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error")
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
             COMMANDS[command][0](args, *([again, stop, stack] if command == "train" else []))
             from_all_ranks(None)  # none leaves while another works
             return 128 + stop.signal if stop.signal else 0
