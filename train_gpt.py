@@ -470,7 +470,7 @@ def warn(message):
 
 
 def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:55]}"
 
 
 def catch_signals(stop, stack):
