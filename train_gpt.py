@@ -3,8 +3,8 @@
     text -> token ids -> windows -> batches -> logits -> loss -> gradients -> weights -> samples
 
 The pretraining chapter (5) of Sebastian Raschka's "Build a Large Language Model (From Scratch)",
-with its names, signatures and, on a CPU in float32, losses. Cut off at the ruler "messages", below
-which the command stands, it is a module of its own.
+with its names, signatures and, on a CPU in float32, losses. All above the ruler "messages" is a
+module of its own; below it stands the command.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class GPTDatasetV1(Dataset):
 
     def __init__(self, txt, tokenizer, max_length, stride):
         if isinstance(txt, str):
-            txt = torch.tensor(tokenizer.encode(txt, allowed_special={END_OF_TEXT})).long()
+            txt = text_to_token_ids(txt, tokenizer)[0]
         if len(txt) <= max_length:  # each target needs one token more
             raise ValueError(f"{len(txt)} tokens are too few: a window has {max_length} + 1")
         self.token_ids, self.max_length = txt, max_length
@@ -60,7 +60,7 @@ class GPTDatasetV1(Dataset):
 
     def __getitem__(self, index):
         start = self.starts[index]
-        window = self.token_ids[start : start + self.max_length + 1].long()
+        window = self.token_ids[start : start + self.max_length + 1].long()  # a file's are uint16
         return window[:-1], window[1:]
 
 
@@ -84,7 +84,7 @@ class KVCache:
 
     def __init__(self, max_tokens):
         self.max_tokens, self.length = max_tokens, 0  # room; tokens stored so far
-        self.layers = {}  # keys and values, [2, batch, heads, max_tokens, head_dim] each
+        self.layers = {}  # of each, keys and values, [2, batch, heads, max_tokens, head_dim]
 
     def append(self, layer, keys, values):
         """Store `[batch, heads, tokens, head_dim]`; return the layer's, those before included."""
@@ -113,17 +113,17 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(d_in, 3 * d_out, bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, cache=None):
         queries, keys, values = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, nh, T, hd)
             for part in self.qkv(x).chunk(3, dim=-1)
         )
         if cache is not None:
-            keys, values = cache.append(layer, keys, values)  # (B, nh, all tokens, hd)
+            keys, values = cache.append(self, keys, values)  # (B, nh, all tokens, hd)
         causal = cache is None or cache.length == 0  # a single token sees all before it
-        dropout = self.dropout if self.training else 0.0
-        context = F.scaled_dot_product_attention(queries, keys, values, None, dropout, causal)
-        return self.out_proj(context.transpose(1, 2).flatten(2))  # (B, T, d_out)
+        p = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(queries, keys, values, dropout_p=p, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, T, d_out)
 
 
 class TransformerBlock(nn.Module):
@@ -143,8 +143,8 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
 
-    def forward(self, x, cache=None, layer=0):
-        x = x + self.drop_shortcut(self.att(self.norm1(x), cache, layer))
+    def forward(self, x, cache=None):
+        x = x + self.drop_shortcut(self.att(self.norm1(x), cache))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -172,7 +172,7 @@ class GPTModel(nn.Module):
         self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
         self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
         self.drop_emb = nn.Dropout(cfg["drop_rate"])
-        self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
+        self.trf_blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg["n_layers"]))
         self.final_norm = nn.LayerNorm(cfg["emb_dim"])
         self.out_head = OutputHead(cfg["emb_dim"], cfg["vocab_size"], bias=False)
         self.register_load_state_dict_pre_hook(rename_published)
@@ -184,8 +184,8 @@ class GPTModel(nn.Module):
             raise ValueError(f"{end} tokens, but the context holds {self.pos_emb.num_embeddings}")
         positions = torch.arange(past, end, device=in_idx.device)
         x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))  # (B, T, emb)
-        for layer, block in enumerate(self.trf_blocks):
-            x = block(x, cache, layer)  # (B, T, emb)
+        for block in self.trf_blocks:
+            x = block(x, cache)  # (B, T, emb)
         if cache is not None:
             cache.length, x = end, x[:, -1:]  # (B, 1, emb)
         return self.out_head(self.final_norm(x))  # (B, T or 1, vocab)
@@ -220,7 +220,7 @@ def calc_loss_batch(input_batch, target_batch, model, device):
 def calc_loss_loader(data_loader, model, device, num_batches=None):
     """Return the mean loss of the first num_batches batches (default: all), in nats per token.
 
-    Each token counts alike, on whichever rank; without any the loss is nan.
+    The mean is over the tokens of all ranks; nan if there are none.
     """
     sums = torch.zeros(2, dtype=torch.float64)  # of nats, of tokens
     for input_batch, target_batch in itertools.islice(data_loader, num_batches):
@@ -228,7 +228,7 @@ def calc_loss_loader(data_loader, model, device, num_batches=None):
         loss = calc_loss_batch(input_batch, target_batch, model, device).item()
         sums += torch.tensor([loss * tokens if tokens else 0.0, tokens])
     if dist.is_initialized():
-        sums = sums.to(device)  # NCCL's are on the GPU
+        sums = sums.to(device)  # NCCL reduces on the GPU
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
 
@@ -270,30 +270,31 @@ def train(
             raise ValueError("train_loader is empty, or an iterator that is used up")
         while batches:
             if learning_rate:
-                for group in itertools.chain(*(opt.param_groups for opt in optimizers)):
+                for group in [group for opt in optimizers for group in opt.param_groups]:
                     group["lr"] = learning_rate(progress.step + 1)
             total = 0.0
             for number, (input_batch, target_batch) in enumerate(batches, start=1):
-                model.require_backward_grad_sync = number == len(batches)  # DDP's
+                model.require_backward_grad_sync = number == len(batches)  # DDP: once a step
                 with autocast:
                     loss = loss_of(input_batch, target_batch, model, device) / len(batches)
                 loss.backward()
                 total += loss.detach()
             norm = update_weights(model, optimizers, grad_clip)
-            done, batches = batches, list(itertools.islice(batches_left, grad_accum_steps))
-            loss, progress.grad_norm = torch.stack([total, norm]).tolist()  # waits for the device
+            done = batches
+            batches = list(itertools.islice(batches_left, grad_accum_steps))  # fetched meanwhile
+            total, progress.grad_norm = torch.stack([total, norm]).tolist()  # waits for the device
             progress.step += 1
             progress.batch += len(done)
             progress.tokens_seen += sum(inputs.numel() for inputs, _ in done) * world_size
             if not batches:
                 progress.epoch, progress.batch = progress.epoch + 1, 0
-            yield loss
+            yield total
 
 
 def update_weights(model, optimizers, grad_clip):
     """Take a step of each optimizer and free the gradients; return their norm before clipping."""
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's: of a shard
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: over all shards
     if grad_clip:
         nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
     for optimizer in optimizers:
@@ -357,7 +358,7 @@ def generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=No
     likeliest token, else softmax(logits / temperature) is sampled, of the top_k likeliest if given
     (Fan et al. 2018, 5.3). Ends once all rows drew eos_id, which fills up shorter ones.
     """
-    cached = type(model) is GPTModel and not model.training  # others may need all tokens at once
+    cached = type(model) is GPTModel and not model.training  # others may take no cache
     cache, unseen = KVCache(context_size), idx
     finished = torch.zeros_like(idx[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -400,12 +401,12 @@ def generate_and_print_sample(model, tokenizer, device, start_context):
 
 # ---- plotting
 def plot_losses(
-    epochs_seen, tokens_seen, train_losses, val_losses, paths=None, title="", x_label="Epochs"
+    epochs_seen, tokens_seen, train_losses, val_losses, path=None, title="", x_label="Epochs"
 ):
-    """Draw both losses over epochs and tokens; save as paths, or as loss-plot.pdf and show."""
+    """Draw both losses over epochs and tokens; save as path, or as loss-plot.pdf and show."""
     from matplotlib import figure, pyplot
 
-    picture = (figure.Figure if paths else pyplot.figure)(figsize=(6.5, 4.3), layout="constrained")
+    picture = (figure.Figure if path else pyplot.figure)(figsize=(6.5, 4.3), layout="constrained")
     axes = picture.add_subplot(title=title, xlabel=x_label, ylabel="Loss (nats per token)")
     axes.plot(epochs_seen, train_losses, marker=".", label="Training loss")
     measured = [(loss, x) for loss, x in zip(val_losses, epochs_seen) if not math.isnan(loss)]
@@ -417,9 +418,8 @@ def plot_losses(
     tokens_axes = axes.twiny()  # an invisible line stretches the second axis to the tokens
     tokens_axes.plot(tokens_seen, train_losses, alpha=0)
     tokens_axes.set_xlabel("Tokens seen")
-    for path in paths or ["loss-plot.pdf"]:
-        picture.savefig(path, dpi=150)
-    if not paths:
+    picture.savefig(path or "loss-plot.pdf", dpi=150)
+    if not path:
         pyplot.show()
 
 
@@ -478,7 +478,7 @@ def catch_signals(stop, stack):
 
     def ask(number, frame):
         if time.monotonic() < stop.since + 1:
-            return  # one wish, sent twice
+            return  # a terminal and torchrun send it
         stop.signal, stop.since = stop.signal or number, time.monotonic()
         if stop.at_once:
             raise KeyboardInterrupt
@@ -493,7 +493,7 @@ def catch_signals(stop, stack):
 
 
 # ---- files
-WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # with one, a folder holds a run
+WEIGHTS = "model.pt", "best.pt", "checkpoint.pt"  # with any, a folder holds a run
 FIGURES = "losses.json", "steps.csv", "loss-plot.pdf", "loss-plot.png"
 
 
@@ -523,7 +523,7 @@ def save(path, state):
     return True
 
 
-def claim(folder, args, stack):
+def claim(folder, may_hold, stack):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if RANK == 0:
@@ -531,7 +531,7 @@ def claim(folder, args, stack):
     except filelock.Timeout:
         raise UserError(f"another run is using {folder}: name another --out-dir") from None
     found = [name for name in WEIGHTS if (folder / name).exists()]
-    if found and not args.overwrite and not (args.resume and "checkpoint.pt" in found):
+    if found and not may_hold:
         raise UserError(f"{folder} holds {', '.join(found)}: --resume, --overwrite, --out-dir NEW?")
 
 
@@ -561,9 +561,8 @@ def vocabulary():
 def files_of(name):
     path = Path("/dev/stdin" if name == "-" else name)
     files = [path] if name and path.exists() else []
-    if files and path.is_dir():
-        found = sorted(path.rglob("*.txt"))  # hidden ones are left out
-        files = [file for file in found if "/." not in f"/{file.relative_to(path)}"]
+    if files and path.is_dir():  # not hidden ones
+        files = [f for f in sorted(path.rglob("*.txt")) if "/." not in f"/{f.relative_to(path)}"]
     if not files:
         raise UserError(f"{name!r} is no file or folder of *.txt: check --data")
     return files
@@ -571,7 +570,7 @@ def files_of(name):
 
 def read_text(path):
     try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        text = path.read_text(encoding="utf-8-sig")  # with \n for \r\n and \r
     except UnicodeDecodeError as error:
         way = "try iconv -f latin1 -t utf-8 (or utf-16)"
         raise UserError(f"{path} is not UTF-8 at byte {error.start}: {way}") from None
@@ -615,7 +614,7 @@ def cut_ids(name, paths, ratio):
         whole = token_file(paths[0])
     else:
         whole = END_OF_TEXT.join(filter(None, map(read_text, paths)))
-        if Path(name).is_dir():
+        if Path(name).is_dir():  # no <|endoftext|> is cut in two
             whole = encode(whole)
     cut = int(ratio * len(whole))
     parts = whole[:cut], whole[cut:]
@@ -626,6 +625,7 @@ def load_corpus(data, val_data, train_ratio, context=0):
     """Return lists of ids to train and to validate on, and what is said of them."""
     sha256, texts, parts = hashlib.sha256(), (array("H"), array("H")), ([], [])
     sources = [(name, files_of(name)) for name in data + val_data]
+    short = "{}: a part of {} tokens is too short for a window, left out"
     files = [path.resolve() for _, paths in sources for path in paths]
     if len({*files}) < len(files):
         raise UserError(f"{max(files, key=files.count)} is named twice: name it once")
@@ -637,8 +637,10 @@ def load_corpus(data, val_data, train_ratio, context=0):
             elif len(ids):  # mapped, so it stays apart
                 part.append(ids)
                 if len(ids) <= context:
-                    warn(f"{name}: a part of {len(ids)} tokens is too short for a window, left out")
+                    warn(short.format(name, len(ids)))
     for text, part in zip(texts, parts):
+        if 0 < len(text) <= context:
+            warn(short.format("text", len(text)))
         if text:
             part.insert(0, torch.frombuffer(text, dtype=torch.uint16))
         for block in itertools.chain(*(ids.split(1 << 22) for ids in part)):
@@ -735,7 +737,7 @@ def choose_device(args):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # of "meta" there is none
+        torch.zeros(1, device=device).item()  # "meta" can't
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name} isn't here: omit it, or try cpu") from None
     on_cuda = device.type == "cuda"
@@ -823,7 +825,6 @@ def restore(run, state):
         dcp.set_optimizer_state_dict(run.model, run.optimizers, optimizer, options=WHOLE)
     run.progress, run.random = Progress(**state["progress"]), state["random"][RANK]
     run.history, run.losses, run.rows = (state[name] for name in KEPT)
-    run.losses.pop("final", None)  # of fewer steps
     torch.set_rng_state(run.random["cpu"])
     if run.random["device"] != run.device.type:
         warn(f"the run began on {run.random['device']}: it goes on, but not bit for bit")
@@ -865,7 +866,7 @@ HF_FIXED += "scale_attn_weights", "scale_attn_by_inverse_layer_idx"
 
 
 def to_hf(name, weight):
-    """Return Hugging Face's name and form of a weight; of theirs, our form."""
+    """Return Hugging Face's name of a weight of ours, and the weight, transposed if a Conv1D's."""
     transposed = name.startswith("trf_blocks.") and weight.dim() == 2
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs)
@@ -891,12 +892,12 @@ def load_hf(name):
     config["qkv_bias"] = True
     with torch.device("meta"):
         weights, found = GPTModel(config).state_dict(), model.state_dict()
-    for ours, like in weights.items():  # a tied head becomes one of its own
-        weights[ours] = to_hf(ours, found[to_hf(ours, like)[0]])[1].clone()
+    for key, like in weights.items():
+        weights[key] = to_hf(key, found[to_hf(key, like)[0]])[1].clone()  # a tied head's is copied
     return {"config": config, "model": weights}
 
 
-def export(args):
+def export(args, *_):
     """Write a saved model, and GPT-2's tokenizer, as a folder for transformers."""
     import transformers as hf
 
@@ -926,7 +927,7 @@ def named_model(args):
     return load_model(args.checkpoint or str(newest))
 
 
-def sample(args):
+def sample(args, *_):
     """Continue a text with a saved model."""
     if not args.temperature and (args.top_k or args.num_samples > 1):
         raise UserError("--top-k or --num-samples needs --temperature 0.8, say")
@@ -943,7 +944,7 @@ def sample(args):
     say(f"\n{'-' * 80}\n".join(text.removeprefix(END_OF_TEXT) for text in texts))
 
 
-def evaluate(args):
+def evaluate(args, *_):
     """Measure a saved model's loss on a text, by default its own."""
     (device, autocast), (state, model) = choose_device(args), named_model(args)
     model.to(device)
@@ -970,7 +971,7 @@ def evaluate(args):
         say(f"{name}: {nats / count:.6f} nats per token, over {int(count):,} targets")
 
 
-def tokenize(args):
+def tokenize(args, *_):
     """Write the token ids of texts to a file *.bin."""
     target = Path(args.file)
     if target.exists() or target.suffix != ".bin":
@@ -1008,17 +1009,17 @@ def make_plan(args, batches):
         steps = 150 if args.model == "tiny" else 10 * per_epoch
     if args.warmup_steps >= steps:
         raise UserError(f"--warmup-steps must be fewer than the {steps} steps")
-    short = steps <= 100  # as published; else 5 % of the time
+    short = steps <= 100  # as published; else 20 times
     args.steps, args.sample_freq = steps, 1 if short else math.ceil(60 / per_epoch)
     args.eval_freq = args.eval_freq or (5 if short else max(10, steps // 20))
     args.eval_iter = args.eval_iter or (5 if short else 20)
     args.schedule_steps = vars(args).get("schedule_steps", steps)  # a lengthened run's stays
 
 
-def prepare(args, device, model):
-    run = argparse.Namespace(args=args, progress=Progress(), history=[], losses={}, rows=[])
-    (run.device, run.autocast), (run.config, weights) = device, model
-    run.folder, context = Path(args.out_dir), run.config["context_length"]
+def prepare(args, device, autocast, config, weights):
+    run = argparse.Namespace(args=args, device=device, autocast=autocast, config=config)
+    run.progress, run.history, run.losses, run.rows = Progress(), [], {}, []
+    run.folder, context = Path(args.out_dir), config["context_length"]
     size, data = args.batch_size * RANKS, args.data or [default_text()]
     run.corpus = load_corpus(data, args.val_data or [], args.train_ratio, context)
     sets = [[ids for ids in part if len(ids) > context] for part in run.corpus.parts]
@@ -1031,25 +1032,23 @@ def prepare(args, device, model):
     run.train_loader = WindowBatches(windows, size, generator)
     make_plan(args, len(run.train_loader))
     val = spread_batches(val_windows, size, args.eval_iter)
-    if not val:
-        warn("too little text to validate on: see --train-ratio, --val-data")
-    run.val_loader = DataLoader(val, batch_size=None, generator=generator)
+    run.val_loader = DataLoader(val, batch_size=None, generator=generator)  # draws a seed, too
     run.measured = [spread_batches(some, size, 50) for some in (windows, val_windows)]
     run.found = len(run.train_loader), math.ceil(len(val_windows) / size)
-    settings = vars(args) | run.config
+    settings = vars(args) | config
     run.settings = {name: settings[name] for name in [*RUN, *FIXED, "schedule_steps"]}
     torch.manual_seed(args.seed)
-    model = GPTModel(run.config)
+    model = GPTModel(config)
     if weights:
         model.load_state_dict(weights)
     run.parameters = sum(p.numel() for p in model.parameters())
-    run.model = to_devices(model, run.device, args.fsdp)
+    run.model = to_devices(model, device, args.fsdp)
     run.optimizers = make_optimizers(run.model, args)
     if RANKS > 1:
         generator.set_state(torch.get_rng_state())
         torch.manual_seed(args.seed + 1 + RANK)
     ranks = f", {RANKS} processes" if RANKS > 1 else ""
-    say(f"Device: {run.device}, {args.precision}{ranks}; model: {run.parameters:,} parameters")
+    say(f"Device: {device}, {args.precision}{ranks}; model: {run.parameters:,} parameters")
     say(f"Memory: {16 * run.parameters / 1e9:.1f} GB of weights, gradients, optimizer states")
     parts = "{:,} for training, {:,} for validation"
     say(f"Text: {run.corpus.name}\nTokens: {parts.format(*run.corpus.tokens)}")
@@ -1109,7 +1108,7 @@ def train_steps(run, stop):
     done = bar(total=args.steps, initial=progress.step + 1, desc="training")
     while progress.step + 1 < args.steps and not asked:
         start, seen = time.perf_counter(), progress.tokens_seen
-        loss = next(steps)
+        loss, norm = next(steps), progress.grad_norm
         took, step, tokens = time.perf_counter() - start, progress.step, progress.tokens_seen
         every, last = args.checkpoint_every, step == args.steps - 1
         due = (step + 1) % every == 0 if every else time.monotonic() > next_save
@@ -1118,20 +1117,21 @@ def train_steps(run, stop):
         if RANKS > 1:
             dist.all_reduce(ranks)
         loss, asked, due = ranks[:, 0].mean().item(), int(ranks[:, 1].max()), ranks[0, 2]
-        if not math.isfinite(loss + (norm := progress.grad_norm)):
+        if not math.isfinite(loss + norm):
             found = f"the loss at step {step} is {loss}, gradient norm {norm}"
             raise UserError(f"{found}: begin anew with a lower --lr, or --grad-clip 1")
         run.rows.append((step, tokens, loss, rate_of(step), norm, took))
         done.set_postfix_str(f"loss {loss:.3f}, {(tokens - seen) / took:,.0f} tokens/s", False)
         done.update()
         evaluates = step % args.eval_freq == 0
-        report(run, evaluates, last or not (progress.batch or progress.epoch % args.sample_freq))
+        samples = last or progress.batch == 0 and progress.epoch % args.sample_freq == 0
+        report(run, evaluates, samples)
         note_random(run)
         if due and not (last or asked):
             start = time.monotonic()
             save_checkpoint(run, weights_of(run))
             next_save = time.monotonic() + max(120, 50 * (time.monotonic() - start))
-        if evaluates:  # after the checkpoint
+        if evaluates:  # after the checkpoint, since resuming repeats it
             save_evaluation(run)
     done.close()
     return asked
@@ -1140,18 +1140,19 @@ def train_steps(run, stop):
 def finish(run):
     args, progress, folder, weights = run.args, run.progress, run.folder, weights_of(run)
     saved = save_checkpoint(run, weights), save(folder / "model.pt", weights)
-    save_evaluation(run)
-    if not all(saved):
-        raise UserError(f"not all is saved: make room in {folder}, --resume")
     rows = [(-1, 0.0, 0, *run.losses["initial"]), *run.history]
-    if "final" in run.losses:
+    if progress.step + 1 >= args.steps:
+        run.losses["final"] = measure(run, "Final ")
         epochs = progress.epoch + progress.batch / len(run.train_loader)
         rows.append((progress.step, epochs, progress.tokens_seen, *run.losses["final"]))
+    save_evaluation(run)
+    if not from_all_ranks(all(saved))[0]:
+        raise UserError(f"not all is saved: make room in {folder}, --resume")
     steps, epochs, *columns = zip(*rows)
     x, label = (epochs, "Epochs") if progress.epoch else ([step + 1 for step in steps], "Steps")
     title = f"{run.corpus.name}\n{run.parameters:,} parameters, {sum(run.corpus.tokens):,} tokens"
     for name in FIGURES[2:]:
-        save(folder / name, lambda path: plot_losses(x, *columns, [path], title, label))
+        save(folder / name, lambda path: plot_losses(x, *columns, path, title, label))
     files = [name for name in (*WEIGHTS, *FIGURES) if (folder / name).exists()]
     say(f"Files in {folder}: {', '.join(files)}")
     out = f" --out-dir {shlex.quote(args.out_dir)}" if args.out_dir != "out" else ""
@@ -1160,7 +1161,8 @@ def finish(run):
         more += f" --max-steps {2 * progress.step + 2}"
         more += f" --epochs {2 * args.epochs}" if args.epochs else ""
     launch = "python" if RANKS == 1 else f"torchrun --nproc-per-node {RANKS}"
-    piped = "pipe the same text again to " if "-" in run.corpus.source["data"] else ""
+    data = run.corpus.source["data"] + run.corpus.source["val_data"]
+    piped = "pipe the same text again to " if "-" in data else ""
     say(f"To sample: python {name} sample {start}{out}")
     say(f"To go on: {piped}{launch} {name} --resume{more}")
 
@@ -1169,24 +1171,24 @@ def pretrain(args, again, stop, stack):
     """Pretrain a GPT-2-style model on a text."""
     if args.resume and args.overwrite:
         raise UserError("--resume or --overwrite, not both")
-    if (args.min_lr or 0) > args.lr:
-        raise UserError("--min-lr is above --lr: lower it")
     if args.fsdp and RANKS == 1:
         raise UserError("--fsdp needs torchrun")
     folder, state = Path(args.out_dir), {}
     if args.resume and (folder / "checkpoint.pt").exists():
-        claim(folder, args, stack)  # it may be ending now
+        claim(folder, True, stack)  # it may be ending now
         state = load_model(str(folder / "checkpoint.pt"))[0]
         if not {"settings", "random", "progress", *KEPT} <= state.keys():
             raise UserError("checkpoint.pt isn't a run's: name it by --init-from")
         args = again(**state["settings"] | state["config"] | state["source"])
-        device, model = choose_device(args), (state["config"], None)
+        place, start = choose_device(args), (state["config"], None)
     else:
-        device, model = choose_device(args), first_model(args)
-        claim(folder, args, stack)
+        if (args.min_lr or 0) > args.lr:
+            raise UserError("--min-lr is above --lr: lower it")
+        place, start = choose_device(args), first_model(args)
+        claim(folder, args.overwrite, stack)
         if args.resume:
             say(f"No run in {folder} to resume: beginning one")
-    run = prepare(args, device, model)
+    run = prepare(args, *place, *start)
     if len({*from_all_ranks(f"{state.get('progress')} {run.corpus.source['sha256']}")}) > 1:
         raise UserError("processes see different data or checkpoints: give all the same")
     if state:
@@ -1205,8 +1207,6 @@ def pretrain(args, again, stop, stack):
         note_random(run)
         save_checkpoint(run, weights_of(run))
     stop.signal = train_steps(run, stop) or stop.signal
-    if run.progress.step + 1 >= args.steps:
-        run.losses["final"] = measure(run, "Final ")
     finish(run)
 
 
@@ -1236,7 +1236,6 @@ RUN = dict(  # kind, meaning, default; may be given anew on resumption
     epochs=(SIZE, "passes (10, or by --max-steps)"),
     max_steps=(SIZE, "optimizer steps (tiny: 150)"),
     eval_freq=(SIZE, "steps between evaluations (5, in long runs 5 %%)"),
-    eval_iter=(SIZE, "batches of an evaluation (5, in long runs 20)"),
     checkpoint_every=(SIZE, "steps between checkpoints (2 minutes)"),
     device=(TEXT, "cpu, cuda:N, mps or auto", "auto"),
     compile=(EITHER, "compile model and loss"),
@@ -1250,7 +1249,8 @@ FIXED = dict(  # once a run has begun
     n_layers=(SIZE, "blocks (12)"),
     drop_rate=(SHARE, "dropout (0.1)"),
     init_from=(TEXT, "first weights: .pt, GPT-2 folder, hf:owner/name"),
-    train_ratio=(within(float, 1e-9, 1), "share to train on", 0.9),
+    train_ratio=(within(float, 1e-9, 1), "share to train on, without --val-data", 0.9),
+    eval_iter=(SIZE, "batches of an evaluation (5, in long runs 20)"),
     batch_size=(SIZE, "windows per device", 2),
     grad_accum_steps=(SIZE, "batches per step", 1),
     lr=(POSITIVE, "learning rate", 4e-4),
@@ -1315,7 +1315,8 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         try:
             for stream in (sys.stdout, sys.stderr):  # samples hold any character
-                getattr(stream, "reconfigure", dict)(errors="replace", line_buffering=True)
+                if hasattr(stream, "reconfigure"):
+                    stream.reconfigure(errors="replace", line_buffering=True)
             again = functools.partial(parse, command, words)
             args = again()
             if RANKS > 1 and not dist.is_initialized():  # deaf to signals
@@ -1328,7 +1329,7 @@ def main(argv=None):
                 mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
             os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error")
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-            COMMANDS[command][0](args, *([again, stop, stack] if command == "train" else []))
+            COMMANDS[command][0](args, again, stop, stack)
             from_all_ranks(None)  # none leaves while another works
             return 128 + stop.signal if stop.signal else 0
         except KeyboardInterrupt:
