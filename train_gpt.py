@@ -280,15 +280,14 @@ def train(
                 loss.backward()
                 total += loss.detach()
             norm = update_weights(model, optimizers, grad_clip)
-            done = batches
-            batches = list(itertools.islice(batches_left, grad_accum_steps))  # fetched meanwhile
-            total, progress.grad_norm = torch.stack([total, norm]).tolist()  # waits for the device
             progress.step += 1
-            progress.batch += len(done)
-            progress.tokens_seen += sum(inputs.numel() for inputs, _ in done) * world_size
+            progress.batch += len(batches)
+            progress.tokens_seen += sum(inputs.numel() for inputs, _ in batches) * world_size
+            batches = list(itertools.islice(batches_left, grad_accum_steps))
             if not batches:
                 progress.epoch, progress.batch = progress.epoch + 1, 0
-            yield total
+            loss, progress.grad_norm = torch.stack([total, norm]).tolist()  # waits for the device
+            yield loss
 
 
 def update_weights(model, optimizers, grad_clip):
@@ -446,6 +445,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
+from tiktoken_ext import openai_public
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import ConcatDataset, default_collate
@@ -469,7 +469,7 @@ def warn(message):
     say(f"train_gpt: warning: {message}", sys.stderr)
 
 
-def one_line(error):
+def why(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:55]}"
 
 
@@ -518,7 +518,7 @@ def save(path, state):
             with whole_file(path) as temporary:
                 state(temporary) if callable(state) else torch.save(state, temporary)
     except Exception as error:  # matplotlib raises anything, torch RuntimeError
-        warn(f"{path} can't be saved, is the disk full? {one_line(error)}")
+        warn(f"{path} can't be saved, is the disk full? {why(error)}")
         return False
     return True
 
@@ -580,13 +580,16 @@ def read_text(path):
 
 
 def encode(text):
-    tokenizer, ids, pieces = tiktoken.get_encoding("gpt2"), array("H"), PIECE.findall(text)
+    ids, pieces = array("H"), PIECE.findall(text)
+    facts = openai_public.gpt2() if len(pieces) > 1 else {}
+    more = [tiktoken.Encoding(**facts) for _ in pieces[1 : os.cpu_count()]]  # one a thread
 
-    def work(piece):
+    def work(piece, tokenizer):
         some = tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT})
         return array("H", some.astype("uint16").tobytes())
 
-    done, results = bar(total=len(text.encode()), unit="B", unit_scale=True), POOL.map(work, pieces)
+    done = bar(total=len(text.encode()), unit="B", unit_scale=True)
+    results = POOL.map(work, pieces, itertools.cycle([tiktoken.get_encoding("gpt2"), *more]))
     with done, contextlib.closing(results):  # asked to end, it encodes no more
         for piece, some in zip(pieces, results):
             ids.extend(some)
@@ -848,8 +851,7 @@ def load_model(name):
         model.load_state_dict(state["model"], assign=True)
         return state, model.eval()
     except Exception as error:  # whatever a foreign file raises
-        way = f"train or name one ({one_line(error)})"
-        raise UserError(f"{name} is no run's .pt and no GPT-2 folder: {way}") from None
+        raise UserError(f"{name} isn't a .pt or GPT-2 ({why(error)}): train or name one") from None
 
 
 # ---- Hugging Face
@@ -1161,8 +1163,7 @@ def finish(run):
         more += f" --max-steps {2 * progress.step + 2}"
         more += f" --epochs {2 * args.epochs}" if args.epochs else ""
     launch = "python" if RANKS == 1 else f"torchrun --nproc-per-node {RANKS}"
-    data = run.corpus.source["data"] + run.corpus.source["val_data"]
-    piped = "pipe the same text again to " if "-" in data else ""
+    piped = "pipe the same text again to " if "standard input" in run.corpus.name else ""
     say(f"To sample: python {name} sample {start}{out}")
     say(f"To go on: {piped}{launch} {name} --resume{more}")
 
@@ -1330,7 +1331,6 @@ def main(argv=None):
             os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error")
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
             COMMANDS[command][0](args, again, stop, stack)
-            from_all_ranks(None)  # none leaves while another works
             return 128 + stop.signal if stop.signal else 0
         except KeyboardInterrupt:
             message, status = "ended at once; saved files are whole", 128 + (stop.signal or 2)
@@ -1339,7 +1339,7 @@ def main(argv=None):
         except (MemoryError, torch.OutOfMemoryError):
             message = "too little memory: take smaller batches or models"
         except (ImportError, OSError) as error:
-            message = f"{one_line(error)}: check requirements.txt, path, disk"
+            message = f"{why(error)}: check requirements.txt, path, disk"
     if RANK > 0:
         time.sleep(5)  # torchrun ends it meanwhile if rank 0 failed, too
     print("train_gpt:", *message.split(), file=sys.stderr)
