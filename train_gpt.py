@@ -542,6 +542,7 @@ VERDICT_URL += "ch02/01_main-chapter-code/the-verdict.txt"
 # GPT-2's pattern ends a token between something visible and a blank: so do pieces.
 PIECE = re.compile(r"(?s).{1,262144}.*?(?:\S(?=[ \n])|\Z)")
 POOL = ThreadPoolExecutor(os.cpu_count())
+GPT2 = functools.cache(openai_public.gpt2)  # for tokenizers: threads that share one wait
 
 
 def vocabulary():
@@ -581,8 +582,7 @@ def read_text(path):
 
 def encode(text):
     ids, pieces = array("H"), PIECE.findall(text)
-    facts = openai_public.gpt2() if len(pieces) > 1 else {}
-    more = [tiktoken.Encoding(**facts) for _ in pieces[1 : os.cpu_count()]]  # one a thread
+    more = [tiktoken.Encoding(**GPT2()) for _ in pieces[1 : os.cpu_count()]]
 
     def work(piece, tokenizer):
         some = tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT})
