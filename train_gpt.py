@@ -555,7 +555,7 @@ def vocabulary():
             paths[-1].parent.mkdir(parents=True, exist_ok=True)
             data = Path(package.origin).with_name("data") / name
             save(paths[-1], functools.partial(shutil.copyfile, data))
-    from_all_ranks(None)  # the others wait
+    all_gather(None)  # the others wait
     return paths
 
 
@@ -674,7 +674,7 @@ def default_text():
 
             warn(f"no {path}, no download ({type(error).__name__}): taking {other}")
             other.write_text("\n".join(topics.values())[:20000], encoding="utf-8")
-    from_all_ranks(None)  # the others wait
+    all_gather(None)  # the others wait
     return str(path if path.exists() else other)
 
 
@@ -724,7 +724,7 @@ def all_targets(parts, context, batch_size):
 
 
 # ---- devices, ranks, learning
-def from_all_ranks(value):
+def all_gather(value):
     """Return all ranks' values; pickled, so rarely."""
     values = [value] * RANKS
     if RANKS > 1:
@@ -794,7 +794,7 @@ KEPT = "history", "losses", "rows"
 ROW = "step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"
 
 
-def note_random(run):
+def note_random(run):  # "loader": now, "epoch": as it began
     states = {"cpu": torch.get_rng_state(), "loader": run.train_loader.generator.get_state()}
     states["device"] = run.device.type
     if run.device.type != "cpu":
@@ -814,7 +814,7 @@ def save_checkpoint(run, weights):
     state = weights | {name: vars(run)[name] for name in ("settings", *KEPT)}
     if run.progress.step >= 0:  # before the first step, torch would make states up
         state["optimizer"] = dcp.get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE)
-    state |= {"progress": vars(run.progress), "random": from_all_ranks(run.random)}
+    state |= {"progress": vars(run.progress), "random": all_gather(run.random)}
     return save(run.folder / "checkpoint.pt", state)
 
 
@@ -969,7 +969,7 @@ def evaluate(args, *_):
                 logits = model(inputs.to(device)).flatten(0, 1).float()
             losses = F.cross_entropy(logits, targets.to(device).flatten(), reduction="none")
             sums += torch.stack([losses.cpu().double().sum(), (targets != IGNORED).sum()])
-        nats, count = sum(from_all_ranks(sums))
+        nats, count = sum(all_gather(sums))
         say(f"{name}: {nats / count:.6f} nats per token, over {int(count):,} targets")
 
 
@@ -1088,7 +1088,7 @@ def report(run, evaluates, samples):
 def save_evaluation(run):
     step, *_, loss = run.history[-1] if run.history else (-1, math.nan)
     lower = step == run.progress.step and loss < run.losses.get("best", [math.inf])[0]
-    if lower and from_all_ranks(save(run.folder / "best.pt", weights_of(run)))[0]:
+    if lower and all_gather(save(run.folder / "best.pt", weights_of(run)))[0]:
         run.losses["best"] = [loss]
     names = "steps", "epochs", "tokens_seen", "train_losses", "val_losses"
     figures = dict(zip(names, zip(*run.history))) | run.losses
@@ -1148,7 +1148,7 @@ def finish(run):
         epochs = progress.epoch + progress.batch / len(run.train_loader)
         rows.append((progress.step, epochs, progress.tokens_seen, *run.losses["final"]))
     save_evaluation(run)
-    if not from_all_ranks(all(saved))[0]:
+    if not all_gather(all(saved))[0]:
         raise UserError(f"not all is saved: make room in {folder}, --resume")
     steps, epochs, *columns = zip(*rows)
     x, label = (epochs, "Epochs") if progress.epoch else ([step + 1 for step in steps], "Steps")
@@ -1190,7 +1190,7 @@ def pretrain(args, again, stop, stack):
         if args.resume:
             say(f"No run in {folder} to resume: beginning one")
     run = prepare(args, *place, *start)
-    if len({*from_all_ranks(f"{state.get('progress')} {run.corpus.source['sha256']}")}) > 1:
+    if len({*all_gather(f"{state.get('progress')} {run.corpus.source['sha256']}")}) > 1:
         raise UserError("processes see different data or checkpoints: give all the same")
     if state:
         restore(run, state)
@@ -1203,7 +1203,7 @@ def pretrain(args, again, stop, stack):
     stop.at_once = False
     if args.overwrite and RANK == 0:
         for name in (*WEIGHTS, *FIGURES):
-            (folder / name).resolve().unlink(missing_ok=True)  # a link stays one
+            (folder / name).resolve().unlink(missing_ok=True)
     if run.progress.step < 0:
         note_random(run)
         save_checkpoint(run, weights_of(run))
